@@ -1,0 +1,198 @@
+"""What a model is made of: every parameter, where its bytes lie, and the shape of its KV cache.
+
+Pure data: no torch, no transformers, picklable between processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+
+#: Bytes per element of the dtypes raytier computes in or stores (torch's names without the prefix).
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+class Role(StrEnum):
+    """Which part of the model a parameter belongs to."""
+
+    EMBEDDING = "embedding"  # input embedding; also the output head when the two are tied
+    LAYER = "layer"  # of decoder layer `Parameter.layer`
+    HEAD = "head"  # output projection, not tied
+    OTHER = "other"  # final norm, learned positions, ...: small, always resident
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A checkpoint file: absolute path and size in bytes as seen when the manifest was made."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A contiguous byte range of `ModelManifest.files[file]`."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of the built model.
+
+    Its bytes are the concatenation of `extents`, row-major, little-endian. `extents` is empty when
+    the manifest was made from a config without weights.
+
+    Attributes:
+        name: name in the built transformers model (`model.named_parameters()`).
+        shape: elements per dimension.
+        dtype: stored dtype, a key of `DTYPE_BYTES`.
+        layer: decoder layer index for `Role.LAYER`, else None.
+        aliases: further names bound to the same storage (tied weights).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    layer: int | None = None
+    extents: tuple[Extent, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:
+            raise ValueError(f"{self.name}: extents hold {sum(e.nbytes for e in self.extents)} bytes, not {self.nbytes}")
+        if (self.layer is None) == (self.role is Role.LAYER):
+            raise ValueError(f"{self.name}: role {self.role} does not go with layer {self.layer}")
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayerSpec:
+    """KV cache of one decoder layer: heads, widths of a key and a value head, window in tokens or None."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    sliding_window: int | None = None
+
+    def token_bytes(self, dtype: str) -> int:
+        """Bytes of keys and values of one token in this layer."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """A local model directory, described.
+
+    Attributes:
+        model_dir: absolute path of the directory.
+        architecture: transformers class name, for instance `LlamaForCausalLM`.
+        files: checkpoint files that hold the parameters (empty when made from a config alone).
+        compute_dtype: dtype the model runs in; parameters stored otherwise are cast when loaded.
+        max_context: longest sequence in tokens that the model supports.
+        kv_layers: one entry per decoder layer.
+        embedding: name of the input embedding parameter.
+        head: name of the parameter used as output projection (equal to `embedding` when tied).
+    """
+
+    model_dir: str
+    architecture: str
+    model_type: str
+    files: tuple[SourceFile, ...]
+    parameters: tuple[Parameter, ...]
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_context: int
+    compute_dtype: str
+    kv_layers: tuple[KVLayerSpec, ...]
+    embedding: str
+    head: str
+
+    def __post_init__(self) -> None:
+        if len(self.kv_layers) != self.num_layers:
+            raise ValueError(f"{len(self.kv_layers)} KV layers for {self.num_layers} decoder layers")
+        if len({p.name for p in self.parameters}) != len(self.parameters):
+            raise ValueError("duplicate parameter names")
+        for name in (self.embedding, self.head):
+            if name not in self.by_name:
+                raise ValueError(f"{name} is not a parameter")
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        return {p.name: p for p in self.parameters}
+
+    @property
+    def tied(self) -> bool:
+        return self.embedding == self.head
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, a tied pair counted once."""
+        return sum(p.nbytes for p in self.parameters)
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of keys and values of one token over all layers in `compute_dtype`."""
+        return sum(layer.token_bytes(self.compute_dtype) for layer in self.kv_layers)
+
+    def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
+        return tuple(p for p in self.parameters if p.layer == layer)
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer, serialised so that processes without torch or transformers can run it.
+
+    Attributes:
+        tokenizer_json: the `tokenizers` library's serialisation of the backend that transformers built.
+        chat_template: Jinja source, or None when the model has none.
+        special_tokens: name (`bos_token`, `eos_token`, ...) -> text, as the template sees them.
+        eos_token_ids, bos_token_id: ids; several ends of sequence are kept.
+        add_special_tokens: whether a raw prompt gets the tokenizer's own special tokens.
+    """
+
+    tokenizer_json: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a request gets when it says nothing, from the model's own files (spec E8).
+
+    Order of precedence: metadata.json (`metadata.llm`), generation_config.json, then the values here.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All that a process without torch needs to plan for and to talk to a model.
+
+    `max_num_seqs`, `kv_block_size` and `kv_total_blocks` are the model's own wishes from
+    `metadata.json` (None when absent); the application's configuration overrides them.
+    """
+
+    manifest: ModelManifest
+    tokenizer: TokenizerSpec
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    max_num_seqs: int | None = None
+    kv_block_size: int | None = None
+    kv_total_blocks: int | None = None

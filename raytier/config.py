@@ -1,0 +1,210 @@
+"""The application's configuration: one pydantic tree, one place for every default.
+
+The same tree is the `args:` of a Serve application, the keyword arguments of `raytier.LLM` and what
+the CLI reads. Unknown keys are refused. Sizes carry their unit in their name (`_mb` = 2**20 bytes).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raytier.errors import ConfigurationError
+
+MIB = 2**20
+Auto = Literal["auto"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(_Section):
+    """One model that the application may serve."""
+
+    model_id: str = Field(min_length=1, max_length=200)
+    source_type: Literal["local"] = "local"
+    source_path: str
+    model_format: Literal["safetensors"] = "safetensors"
+
+    @field_validator("source_path")
+    @classmethod
+    def _absolute_or_builtin(cls, value: str) -> str:
+        if value == "builtin:demo" or Path(value).is_absolute():
+            return value
+        raise ValueError("must be an absolute path of a model directory, or builtin:demo")
+
+    def directory(self) -> str:
+        """Absolute path of the model directory."""
+        if self.source_path == "builtin:demo":
+            from raytier.demo import model_path
+
+            return str(model_path())
+        return os.path.realpath(self.source_path)
+
+
+class DeviceTier(_Section):
+    """Memory of the computing device: GPU memory, or RAM of the compute process on a CPU node."""
+
+    max_utilization: float = Field(0.9, gt=0, le=1)
+    reserved_mb: float = Field(256, ge=0)
+    max_mb: float | None = Field(None, gt=0)
+
+
+class HostTier(_Section):
+    """RAM pool of the node, shared by its processes."""
+
+    max_utilization: float = Field(0.8, gt=0, le=1)
+    reserved_mb: float = Field(1024, ge=0)
+    max_mb: float | None = Field(None, ge=0)
+
+
+class NvmeTier(_Section):
+    """Disk: parameters at source precision are read in place from the checkpoint's own files."""
+
+    enabled: bool = True
+    max_gb: float | None = Field(None, ge=0)
+    io_threads: int = Field(6, ge=1, le=64)
+    io_mb: float = Field(8, ge=0.0625, le=256)
+
+
+class Tiers(_Section):
+    device: DeviceTier = DeviceTier()
+    host: HostTier = HostTier()
+    nvme: NvmeTier = NvmeTier()
+
+
+class PlacementRule(_Section):
+    """Parameters whose name matches `pattern` go to `tier`.
+
+    A pattern is a case-insensitive substring, or a regular expression with the prefix `re:`. The
+    lowest `priority` is tried first; a rule whose tier is full falls through, with the reason noted.
+    """
+
+    pattern: str = Field(min_length=1)
+    tier: Literal["device", "host", "nvme"]
+    priority: int = 99
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        if value.startswith("re:"):
+            import re
+
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+        return value
+
+
+class Placement(_Section):
+    rules: tuple[PlacementRule, ...] = ()
+
+
+class Prefetch(_Section):
+    """`window`: decoder layers read ahead of the one that computes; auto = from the plan."""
+
+    window: int | Auto = "auto"
+
+    @field_validator("window")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+class KVCache(_Section):
+    """Paged KV. The split of the device budget between weights and KV follows from the expected load."""
+
+    block_size: int = Field(16, ge=1, le=1024)
+    max_blocks: int | None = Field(None, ge=2)
+    expected_sequences: int | Auto = "auto"  # auto: min(8, max_num_seqs)
+    expected_context: int | Auto = "auto"  # tokens; auto: min(2048, the model's context)
+
+
+class Scheduler(_Section):
+    max_num_seqs: int = Field(32, ge=1, le=4096)
+    max_num_batched_tokens: int = Field(512, ge=1)
+    max_queue: int = Field(256, ge=1)
+
+
+class Compute(_Section):
+    """Where the model runs. `auto` takes a CUDA device when there is one. `threads: auto` = all cores."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | Auto = "auto"
+
+
+class AppConfig(_Section):
+    """`args:` of `raytier.serve:build_app`."""
+
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    startup_model: str | None = None
+    tiers: Tiers = Tiers()
+    placement: Placement = Placement()
+    prefetch: Prefetch = Prefetch()
+    kv: KVCache = KVCache()
+    scheduler: Scheduler = Scheduler()
+    compute: Compute = Compute()
+    cache_dir: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/raytier"))
+    monitoring_interval_s: float = Field(15, gt=0)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _one_model(self) -> AppConfig:
+        names = [m.model_id for m in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"models: duplicate model_id in {names}")
+        if self.startup_model is not None and self.startup_model not in names:
+            raise ValueError(f"startup_model: {self.startup_model!r} is not one of {names}")
+        if len(self.models) > 1:
+            raise ValueError(f"models: one model per application in this version, {len(self.models)} given: {names}")
+        return self
+
+    @property
+    def model(self) -> ModelEntry:
+        """The model that is loaded at start."""
+        return self.models[0]
+
+
+def parse_config(args: Mapping[str, Any]) -> AppConfig:
+    """Validate `args`.
+
+    Raises:
+        ConfigurationError: one line per problem: field, value, what is wrong.
+    """
+    try:
+        return AppConfig.model_validate(dict(args))
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{field}: unknown key (value {item['input']!r}); {_known(item['loc'])}")
+        elif item["type"] == "missing":
+            lines.append(f"{field}: required, not given")
+        else:
+            shown = "" if isinstance(item["input"], Mapping) else f" (value {item['input']!r})"
+            lines.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return "Configuration is not valid:\n  " + "\n  ".join(lines)
+
+
+def _known(loc: tuple[int | str, ...]) -> str:
+    """The keys that the section around an unknown key does accept."""
+    section: Any = AppConfig
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)), annotation)
+    return "known here: " + ", ".join(section.model_fields)

@@ -1,0 +1,99 @@
+"""One exception tree. Every message names what is wrong, the value seen and what to change.
+
+All classes take the message as their only positional argument, so that they survive pickling
+between Ray processes unchanged.
+"""
+
+from __future__ import annotations
+
+
+class RaytierError(Exception):
+    """Base of everything raytier raises on purpose."""
+
+    #: HTTP status that the Serve front answers with when this reaches a client.
+    http_status = 500
+    #: `type` field of OpenAI's error object.
+    openai_type = "internal_error"
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class ConfigurationError(RaytierError):
+    """A configuration key or value is wrong: the message names the field, the value and the fix."""
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+
+class ModelNotFoundError(RaytierError):
+    """No model of that name is known to this server."""
+
+    http_status = 404
+    openai_type = "not_found_error"
+
+
+class ModelLoadingError(RaytierError):
+    """A model could not be loaded; base of the checkpoint errors."""
+
+    http_status = 500
+
+
+class CheckpointError(ModelLoadingError):
+    """A checkpoint file is missing, truncated, or does not hold what the model needs."""
+
+
+class UnsupportedModelError(ModelLoadingError):
+    """The architecture (or one of its parts) cannot be run by raytier; the message says why."""
+
+
+class ResourceNotAvailableError(RaytierError):
+    """The machine or the cluster lacks something that the application needs."""
+
+    http_status = 503
+    openai_type = "server_error"
+
+
+class BudgetError(ResourceNotAvailableError):
+    """The budgets cannot hold the model: needed, available, and the smallest change that would fit."""
+
+
+class TierError(RaytierError):
+    """Reading or writing a tier failed."""
+
+    openai_type = "server_error"
+
+
+class InvalidRequestError(RaytierError):
+    """A request carries a value that cannot be served.
+
+    Args:
+        message: what is wrong and what is allowed.
+        param: name of the offending request field, as OpenAI's error object reports it.
+    """
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class QueueFullError(RaytierError):
+    """The request queue is full; retry after `retry_after_s` seconds."""
+
+    http_status = 429
+    openai_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineDeadError(RaytierError):
+    """The engine or an actor behind it died; the request cannot be finished."""
+
+    http_status = 503
+    openai_type = "server_error"

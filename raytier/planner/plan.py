@@ -1,0 +1,115 @@
+"""The planner's result: immutable, address-free, picklable. No Ray, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+
+class Tier(StrEnum):
+    """Where a parameter lives, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    NVME = "nvme"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterPlacement:
+    """Tier of one parameter and why (`reason`: the rule, the default, or what it fell through)."""
+
+    name: str
+    tier: Tier
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What one device holds. All sizes in bytes.
+
+    `resident_bytes + ring_bytes + kv_bytes + activation_bytes <= budget_bytes` always holds.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        layer_start, layer_stop: decoder layers run here.
+        ring_bytes: ring of streamed bytes; 0 when nothing streams.
+        window: decoder layers that the ring can hold ahead of the one that computes.
+        head_chunk_rows: vocabulary rows per chunk of a streamed output head; 0 when it is resident.
+        kv_blocks: KV blocks of `block_size` tokens, the null block included.
+    """
+
+    index: int
+    kind: str
+    layer_start: int
+    layer_stop: int
+    budget_bytes: int
+    resident_bytes: int
+    ring_bytes: int
+    window: int
+    head_chunk_rows: int
+    block_size: int
+    kv_blocks: int
+    kv_bytes: int
+    activation_bytes: int
+
+    def __post_init__(self) -> None:
+        used = self.resident_bytes + self.ring_bytes + self.kv_bytes + self.activation_bytes
+        if used > self.budget_bytes:
+            raise ValueError(f"device {self.index}: {used} bytes planned in a budget of {self.budget_bytes}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicted cost of one decode step: `seconds` = what does not overlap + per layer max(I/O, compute)."""
+
+    batch: int
+    seconds: float
+    io_seconds: float
+    compute_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch / self.seconds
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Where every parameter of one model lives, and what that is predicted to cost.
+
+    Attributes:
+        placements: one per parameter of the manifest, in its order.
+        host_bytes: bytes of parameters in the node's RAM pool.
+        nvme_bytes: bytes of parameters left in the checkpoint files.
+        streamed_bytes: bytes a decode step streams from disk (the embedding counts only as rows).
+        predictions: decode steps at batch 1, 8 and 32.
+        first_token_seconds: predicted time to first token of a 128-token prompt.
+        warnings: what the user should know (a rule that fell through, unused GPUs, ...).
+    """
+
+    model_dir: str
+    placements: tuple[ParameterPlacement, ...]
+    devices: tuple[DevicePlan, ...]
+    host_bytes: int
+    nvme_bytes: int
+    streamed_bytes: int
+    predictions: tuple[Prediction, ...]
+    first_token_seconds: float
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def tier_of(self) -> dict[str, Tier]:
+        return {p.name: p.tier for p in self.placements}
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """Node budgets as placement-group bundles.
+
+    `bundles[i]` is for `roles[i]`; bundle 0 is the Serve replica. Quantities as Ray wants them
+    (CPU and GPU in units, memory in bytes).
+    """
+
+    roles: tuple[str, ...]
+    bundles: tuple[dict[str, float], ...]
+    strategy: str = "STRICT_PACK"
