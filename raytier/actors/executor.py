@@ -1,0 +1,61 @@
+"""What joins an engine to its actors: steps to the DeviceActor, reports to the ledger and the disk tier."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from raytier.engine.engine import StepReport
+from raytier.engine.step import StepBatch, StepResult
+from raytier.errors import EngineDeadError
+
+
+class RemoteExecutor:
+    """A `StepExecutor` that makes one call of a DeviceActor per step."""
+
+    def __init__(self, device: Any) -> None:
+        self._step = device.step
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Run one step; EngineDeadError when the actor is gone, else the error that the step raised."""
+        try:
+            result: StepResult = ray.get(self._step.remote(batch))
+        except RayActorError as error:
+            raise EngineDeadError(f"the DeviceActor died during step {batch.step}: {first_line(error)}") from None
+        except RayTaskError as error:
+            raise error.cause from None
+        return result
+
+
+class StepReporter:
+    """Tells the KVBlockActor and the DiskTierActor what steps did; never waits for them.
+
+    At most one call per actor and step: ledger deltas at once, disk counters at most once a second.
+    """
+
+    def __init__(self, engine_id: str, kv: Any, disk: Any, flush_s: float = 1.0) -> None:
+        self._engine_id = engine_id
+        self._report = kv.report
+        self._record = disk.record
+        self._flush_s = flush_s
+        self._since = time.monotonic()
+        self._reads = self._bytes = 0
+
+    def __call__(self, report: StepReport) -> None:
+        if not report.delta.empty:
+            self._report.remote(self._engine_id, report.epoch, report.step, report.delta)
+        self._reads += report.stats.reads
+        self._bytes += report.stats.bytes_read
+        now = time.monotonic()
+        if self._reads and now - self._since >= self._flush_s:
+            self._record.remote(self._reads, self._bytes, now - self._since)
+            self._reads = self._bytes = 0
+            self._since = now
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text; Ray's texts go on for pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

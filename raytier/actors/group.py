@@ -1,0 +1,230 @@
+"""The actors of one node, made inside a placement group, and the order in which a model comes up in them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raytier.actors.device import DeviceStatus, remote_device_actor
+from raytier.actors.disk import DiskStatus, DiskTierActor
+from raytier.actors.executor import RemoteExecutor, StepReporter, first_line
+from raytier.actors.host import HostPoolActor, HostStatus
+from raytier.actors.kv_blocks import KVBlockActor
+from raytier.actors.names import NAMESPACE, actor_name
+from raytier.checkpoint.manifest import ModelDescription
+from raytier.config import MIB, AppConfig
+from raytier.engine.engine import Engine
+from raytier.engine.tokenizer import Tokenizer
+from raytier.errors import EngineDeadError, ModelLoadingError, ResourceNotAvailableError
+from raytier.hardware.inventory import take_inventory
+from raytier.hardware.rates import Rates, load_rates, save_rates
+from raytier.kv.block_pool import BlockPool
+from raytier.kv.ledger import KVStats
+from raytier.planner.placement import plan_weights
+from raytier.planner.plan import ResourcePlan, WeightPlan
+
+logger = logging.getLogger(__name__)
+
+#: A name stays taken until Ray has buried the actor that had it: after a killed replica, a moment.
+_NAME_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 120.0
+_LOAD_TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """Live status of every actor of a node."""
+
+    device: DeviceStatus
+    host: HostStatus
+    disk: DiskStatus
+    kv: KVStats
+
+
+class ActorGroup:
+    """The actors of one node and the model they hold.
+
+    Every actor is a child of the process that calls `start` and sits in its placement group, so that it
+    goes when that process goes, however it goes.
+    """
+
+    def __init__(self, app: str, config: AppConfig, resources: ResourcePlan, placement_group: PlacementGroup) -> None:
+        self._app = app
+        self._config = config
+        self._resources = resources
+        self._placement_group = placement_group
+        self._actors: dict[str, Any] = {}
+        self.plan: WeightPlan | None = None
+        self.engine: Engine | None = None
+
+    def start(self, description: ModelDescription) -> Engine:
+        """Create the actors, plan with what the node has now, load the model and start its engine.
+
+        Blocks until the model is loaded. On any error everything made so far is ended.
+
+        Raises:
+            BudgetError, CheckpointError, UnsupportedModelError, ResourceNotAvailableError: as their message says.
+        """
+        try:
+            return self._start(description)
+        except (RayActorError, GetTimeoutError) as error:
+            self.stop()
+            raise ModelLoadingError(f"an actor did not come up: {first_line(error)}") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, description: ModelDescription) -> Engine:
+        config, manifest = self._config, description.manifest
+        kind = "cuda" if "GPU" in self._bundle("device") else "cpu"
+        device = self._create("device", remote_device_actor(), kind, self._threads())
+        disk = self._create("disk", ray.remote(DiskTierActor))
+        self._get(disk.open_model.remote(manifest))
+
+        rates = self._rates(description, device, disk)
+        inventory = take_inventory([manifest.model_dir])
+        plan = plan_weights(
+            manifest,
+            inventory,
+            rates,
+            config,
+            kind=kind,
+            max_num_seqs=description.max_num_seqs,
+            kv_total_blocks=description.kv_total_blocks,
+        )
+        self.plan = plan
+        for warning in plan.warnings:
+            logger.warning("plan: %s", warning)
+        share = plan.devices[0]
+
+        host = self._create("host", ray.remote(HostPoolActor), plan.host_bytes)
+        block_bytes = share.kv_bytes // share.kv_blocks
+        kv = self._create("kv", ray.remote(KVBlockActor), share.kv_blocks, share.block_size, block_bytes)
+        model_id = config.model.model_id
+        arena = self._get(host.allocate.remote(model_id, plan.host_bytes)) if plan.host_bytes else None
+        nvme = config.tiers.nvme
+        seconds = self._get(
+            device.load.remote(model_id, manifest, plan, arena, nvme.io_threads, int(nvme.io_mb * MIB)),
+            timeout=_LOAD_TIMEOUT_S,
+        )
+        logger.info(
+            "loaded %s in %.1f s: %.1f MiB resident, %.1f MiB in the host pool, %.1f MiB streamed per step, %d KV blocks",
+            model_id,
+            seconds,
+            share.resident_bytes / MIB,
+            plan.host_bytes / MIB,
+            plan.streamed_bytes / MIB,
+            share.kv_blocks,
+        )
+
+        epoch = time.time_ns()
+        pool = BlockPool(share.block_size)
+        # Block 0 is the null block: it is never leased.
+        for extent in self._get(kv.lease.remote(model_id, epoch, share.kv_blocks - 1)):
+            pool.add_extent(extent.start, extent.count)
+        self.engine = Engine(
+            model_id=model_id,
+            executor=RemoteExecutor(device),
+            tokenizer=Tokenizer(description.tokenizer),
+            block_pool=pool,
+            defaults=description.defaults,
+            config=config.scheduler,
+            max_context=manifest.max_context,
+            epoch=epoch,
+            on_step=StepReporter(model_id, kv, disk),
+        )
+        return self.engine
+
+    def status(self, timeout_s: float = 10.0) -> GroupStatus:
+        """Ask every actor once."""
+        a = self._actors
+        refs = [
+            a["device"].status.remote(),
+            a["host"].status.remote(),
+            a["disk"].status.remote(),
+            a["kv"].stats.remote(),
+        ]
+        return GroupStatus(*ray.get(refs, timeout=timeout_s))
+
+    def ping(self, timeout_s: float = 10.0) -> None:
+        """EngineDeadError that names the first actor that does not answer."""
+        for role, actor in self._actors.items():
+            try:
+                ray.get(actor.ping.remote(), timeout=timeout_s)
+            except (RayActorError, GetTimeoutError) as error:
+                raise EngineDeadError(f"{actor_name(self._app, role)} is gone: {first_line(error)}") from None
+
+    def stop(self) -> None:
+        """End the engine and every actor; a second call does nothing."""
+        if self.engine is not None:
+            self.engine.close()
+        actors, self._actors = self._actors, {}
+        for actor in actors.values():
+            ray.kill(actor, no_restart=True)
+
+    def _rates(self, description: ModelDescription, device: Any, disk: Any) -> Rates:
+        """Measured rates of this node, from the cache when they were measured before."""
+        manifest, cache_dir = description.manifest, self._config.cache_dir
+        largest = max(manifest.files, key=lambda file: file.size).path
+        cached = load_rates(cache_dir, largest, manifest.compute_dtype)
+        if cached is not None:
+            return cached
+        disk_rate = self._get(disk.measure.remote(largest))
+        matrix = self._get(device.measure_matrix.remote(manifest.compute_dtype))
+        rates = Rates(disk_read_bytes_per_s=disk_rate, matrix_bytes_per_s=matrix, source="measured")
+        save_rates(cache_dir, largest, manifest.compute_dtype, rates)
+        return rates
+
+    def _threads(self) -> int:
+        from raytier.hardware.inventory import available_cpus
+
+        threads = self._config.compute.threads
+        return available_cpus() if threads == "auto" else threads
+
+    def _bundle(self, role: str) -> dict[str, float]:
+        return self._resources.bundles[self._resources.roles.index(role)]
+
+    def _create(self, role: str, actor_class: Any, *args: Any) -> Any:
+        """Create the actor of `role` in its bundle and wait until it answers."""
+        name = actor_name(self._app, role)
+        bundle = self._bundle(role)
+        options = {
+            "name": name,
+            "namespace": NAMESPACE,
+            "num_cpus": bundle.get("CPU", 0),
+            "num_gpus": bundle.get("GPU", 0),
+            "memory": bundle.get("memory"),
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._placement_group, placement_group_bundle_index=self._resources.roles.index(role)
+            ),
+        }
+        deadline = time.monotonic() + _NAME_TIMEOUT_S
+        while True:
+            try:
+                actor = actor_class.options(**options).remote(name, *args)
+                break
+            except ValueError as error:
+                if "already taken" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise ResourceNotAvailableError(
+                        f"the actor name {name} is taken: another application of the name {self._app!r} is running"
+                    ) from None
+                time.sleep(0.2)
+        self._actors[role] = actor
+        self._get(actor.ping.remote())
+        return actor
+
+    def _get(self, ref: Any, timeout: float = _START_TIMEOUT_S) -> Any:
+        try:
+            return ray.get(ref, timeout=timeout)
+        except RayTaskError as error:
+            raise error.cause from None

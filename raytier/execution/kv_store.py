@@ -1,0 +1,87 @@
+"""KV tensors of one device: layer-first, head-major over the whole pool.
+
+Keys of a layer are one tensor `[num_kv_heads, num_blocks * block_size, key_dim]`, values likewise, so
+that the tokens of a run of consecutive blocks are a view that attention reads without a copy. A token
+lives in slot `block * block_size + offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raytier.checkpoint.manifest import KVLayerSpec
+
+
+def slot_runs(block_table: Sequence[int], block_size: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """Slots of tokens start..stop-1 as (first slot, count) runs, consecutive blocks merged.
+
+    Raises:
+        IndexError: the table does not cover `stop` tokens.
+    """
+    if stop > len(block_table) * block_size:
+        raise IndexError(f"{stop} tokens need more than the {len(block_table)} blocks of {block_size} in the table")
+    runs: list[tuple[int, int]] = []
+    position = start
+    while position < stop:
+        index, offset = divmod(position, block_size)
+        slot = block_table[index] * block_size + offset
+        count = min(block_size - offset, stop - position)
+        if runs and runs[-1][0] + runs[-1][1] == slot:
+            runs[-1] = (runs[-1][0], runs[-1][1] + count)
+        else:
+            runs.append((slot, count))
+        position += count
+    return runs
+
+
+class KVStore:
+    """Keys and values of all layers for `num_blocks` blocks.
+
+    The memory is reserved, not touched: pages cost nothing until a token is written to them.
+    """
+
+    def __init__(
+        self, layers: Sequence[KVLayerSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        slots = num_blocks * block_size
+        self.keys = [torch.empty(s.num_kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in layers]
+        self.values = [torch.empty(s.num_kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in layers]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store new tokens. slots `[T]` int64, keys `[num_kv_heads, T, key_dim]`, values `[.., T, value_dim]`."""
+        self.keys[layer].index_copy_(1, slots, keys)
+        self.values[layer].index_copy_(1, slots, values)
+
+    def read(self, layer: int, runs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[num_kv_heads, tokens, dim]` of `runs`: views when there is one run, else copies."""
+        keys, values = self.keys[layer], self.values[layer]
+        if len(runs) == 1:
+            first, count = runs[0]
+            return keys[:, first : first + count], values[:, first : first + count]
+        return (
+            torch.cat([keys[:, first : first + count] for first, count in runs], dim=1),
+            torch.cat([values[:, first : first + count] for first, count in runs], dim=1),
+        )
+
+    def read_tokens(self, layer: int, block_table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values of tokens start..stop-1 of a sequence, exact across scattered blocks (F9)."""
+        keys, values = self.read(layer, slot_runs(block_table, self.block_size, start, stop))
+        return keys.clone(), values.clone()
+
+    def write_tokens(self, layer: int, block_table: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+        """Overwrite tokens start.. of a sequence with `keys`, `values` `[num_kv_heads, tokens, dim]` (F9)."""
+        stop = start + keys.shape[1]
+        position = 0
+        for first, count in slot_runs(block_table, self.block_size, start, stop):
+            self.keys[layer][:, first : first + count] = keys[:, position : position + count]
+            self.values[layer][:, first : first + count] = values[:, position : position + count]
+            position += count

@@ -1,0 +1,90 @@
+"""LLM: offline batches in Python, without Serve or HTTP, through the same actors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from raytier.actors.group import ActorGroup, GroupStatus
+from raytier.actors.prepare import prepare
+from raytier.config import parse_config
+from raytier.engine.engine import Completion
+from raytier.engine.sampling_params import SamplingParams
+from raytier.errors import ResourceNotAvailableError
+from raytier.planner.plan import WeightPlan
+
+_PLACEMENT_TIMEOUT_S = 60.0
+
+
+class LLM:
+    """A model on this machine's actors.
+
+        with LLM("builtin:demo") as llm:
+            for result in llm.generate(["Once upon a time", "The capital of France is"], max_tokens=16):
+                print(result.text)
+
+    Args:
+        model: absolute path of a model directory, or `builtin:demo`.
+        settings: sections of the configuration (`tiers`, `kv`, `scheduler`, ...), as in a Serve application.
+
+    Raises:
+        ConfigurationError, CheckpointError, UnsupportedModelError, BudgetError, ResourceNotAvailableError.
+
+    Ray is started on this machine when the process is not connected to a cluster yet, and ended by `close`.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self._config = parse_config({"models": [{"model_id": model, "source_path": model}], **settings})
+        self._group: ActorGroup | None = None
+        self._placement_group: Any = None
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        try:
+            # In a task: describing a model takes transformers and torch, which this process does not need.
+            description, resources = ray.get(ray.remote(num_cpus=0, max_calls=1)(prepare).remote(self._config))
+            self._placement_group = placement_group(
+                [dict(bundle) for bundle in resources.bundles], strategy=resources.strategy
+            )
+            if not self._placement_group.wait(_PLACEMENT_TIMEOUT_S):
+                raise ResourceNotAvailableError(
+                    f"the cluster has no room for {list(resources.bundles)} within {_PLACEMENT_TIMEOUT_S:.0f} s: "
+                    "something else holds its resources"
+                )
+            self._group = ActorGroup(f"llm-{id(self):x}", self._config, resources, self._placement_group)
+            self._engine = self._group.start(description)
+        except ray.exceptions.RayTaskError as error:
+            self.close()
+            raise error.cause from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def plan(self) -> WeightPlan:
+        """Where the parameters live, and what that was predicted to cost."""
+        assert self._group is not None and self._group.plan is not None
+        return self._group.plan
+
+    def close(self) -> None:
+        """End the engine and its actors and, where this object started it, Ray. A second call does nothing."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.stop()
+        group_of_bundles, self._placement_group = self._placement_group, None
+        if group_of_bundles is not None:
+            remove_placement_group(group_of_bundles)
+        if self._started_ray and ray.is_initialized():
+            ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
