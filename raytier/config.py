@@ -140,6 +140,10 @@ class Compute(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | Auto = "auto"
 
+    def resolve_threads(self, cpus: int) -> int:
+        """Threads to compute with on a node of `cpus` CPUs."""
+        return cpus if self.threads == "auto" else self.threads
+
 
 class AppConfig(_Section):
     """`args:` of `raytier.serve:build_app`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,12 +13,23 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from raytier.actors.group import ActorGroup, GroupStatus
 from raytier.actors.prepare import prepare
 from raytier.config import parse_config
-from raytier.engine.engine import Completion
+from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.engine.sampling_params import SamplingParams
 from raytier.errors import ResourceNotAvailableError
 from raytier.planner.plan import WeightPlan
 
 _PLACEMENT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished prompt. `finish_reason` is stop or length; `token_ids` includes the token that stopped it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
 
 
 class LLM:
@@ -64,6 +76,43 @@ class LLM:
             self.close()
             raise
 
+    def generate(
+        self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], **sampling: Any
+    ) -> list[Completion]:
+        """Continue raw prompts as one batch; results in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of texts, one list of token ids, or a list of those.
+            sampling: max_tokens, temperature, top_p, top_k, seed, stop, stop_token_ids, ignore_eos, ...
+
+        Raises:
+            InvalidRequestError: a prompt or a sampling value cannot be served. EngineDeadError: an actor died.
+        """
+        batch: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
+        tokenizer = self._engine.tokenizer
+        return self._run([tokenizer.encode(p) if isinstance(p, str) else list(p) for p in batch], sampling)
+
+    def chat(self, conversations: Sequence[Any], **sampling: Any) -> list[Completion]:
+        """Continue conversations: one list of `{"role": ..., "content": ...}`, or a list of such lists."""
+        batch = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        tokenizer = self._engine.tokenizer
+        # The rendered template holds its special tokens already.
+        prompts = [tokenizer.encode(tokenizer.apply_chat_template(c), add_special_tokens=False) for c in batch]
+        return self._run(prompts, sampling)
+
+    def _run(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[Completion]:
+        params = SamplingParams.from_request(self._engine.defaults, **sampling)
+        return [_completion(delta) for delta in self._engine.generate(prompts, params)]
+
+    def stats(self) -> EngineStats:
+        """Counters of the engine."""
+        return self._engine.stats()
+
+    def status(self) -> GroupStatus:
+        """What every actor holds and has done."""
+        assert self._group is not None
+        return self._group.status()
+
     @property
     def plan(self) -> WeightPlan:
         """Where the parameters live, and what that was predicted to cost."""
@@ -88,3 +137,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_ids(prompts: Sequence[Any]) -> bool:
+    return bool(prompts) and isinstance(prompts[0], int)
+
+
+def _completion(delta: OutputDelta) -> Completion:
+    assert delta.finish_reason is not None
+    return Completion(delta.text, delta.token_ids, delta.finish_reason, delta.prompt_tokens, delta.completion_tokens)

@@ -17,6 +17,7 @@ import ray
 
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.engine.step import StepBatch, StepResult
+from raytier.hardware.rates import Rates
 from raytier.planner.plan import WeightPlan
 from raytier.tiers.arena import ArenaHandle
 
@@ -66,18 +67,19 @@ class DeviceActor:
             raise RuntimeError("compute.device is cuda, but torch sees no CUDA device in the DeviceActor")
         self._runner: ModelRunner | None = None
         self._model_id: str | None = None
-        self._last: tuple[int, int] = (-1, -1)
+        self._last: tuple[int, int] = (-1, 0)
         self._steps = 0
         self._busy_s = 0.0
 
     def __repr__(self) -> str:
         return f"DeviceActor({self._device}, {self._threads} threads)"
 
-    def measure_matrix(self, dtype: str) -> tuple[tuple[int, float], ...]:
-        """Measured matrix rates: (rows, bytes of weights per second)."""
-        from raytier.execution.rates import measure_matrix
+    def rates(self, path: str, dtype: str, cache_dir: str) -> Rates:
+        """Rates of this node with the disk of `path`: cached, else measured here in about two seconds."""
+        from raytier.execution.rates import node_rates
 
-        return measure_matrix(dtype, self._threads, device=self._device)
+        kind = self._device.partition(":")[0]
+        return node_rates(path, dtype=dtype, threads=self._threads, cache_dir=cache_dir, kind=kind)
 
     def load(
         self,
@@ -107,7 +109,7 @@ class DeviceActor:
             io_bytes=io_bytes,
         )
         self._model_id = model_id
-        self._last = (-1, -1)
+        self._last = (-1, 0)
         return time.perf_counter() - began
 
     def step(self, batch: StepBatch) -> StepResult:
@@ -115,7 +117,7 @@ class DeviceActor:
         if self._runner is None or batch.model_id != self._model_id:
             raise RuntimeError(f"{self._name} holds {self._model_id}, not {batch.model_id}")
         epoch, last = self._last
-        if batch.epoch < epoch or (batch.epoch == epoch and batch.step != last + 1):
+        if batch.epoch < epoch or batch.step != (last + 1 if batch.epoch == epoch else 1):
             raise RuntimeError(f"step {batch.epoch}.{batch.step} does not follow {epoch}.{last}: one call per step")
         self._last = (batch.epoch, batch.step)
         result = self._runner.step(batch)

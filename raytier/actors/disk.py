@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.errors import CheckpointError
-from raytier.hardware.rates import measure_disk_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +40,9 @@ class DiskTierActor:
     def __repr__(self) -> str:
         return f"DiskTierActor({self._name.rsplit(':', 1)[-1]})"
 
-    def measure(self, path: str) -> float:
-        """Measured O_DIRECT read rate of the disk under `path`, bytes per second."""
-        self._rate = measure_disk_read(path)
-        return self._rate
+    def calibrate(self, bytes_per_s: float) -> None:
+        """The measured O_DIRECT read rate of the disk; utilisation is reported against it."""
+        self._rate = bytes_per_s
 
     def open_model(self, manifest: ModelManifest) -> int:
         """Verify that every checkpoint file is there with its size; returns their number.

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from raytier.engine.engine import StepReport
+from raytier.engine.outputs import StepReport
 from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import EngineDeadError
 
@@ -45,10 +45,11 @@ class StepReporter:
         self._reads = self._bytes = 0
 
     def __call__(self, report: StepReport) -> None:
-        if not report.delta.empty:
-            self._report.remote(self._engine_id, report.epoch, report.step, report.delta)
-        self._reads += report.stats.reads
-        self._bytes += report.stats.bytes_read
+        if report.kv:
+            self._report.remote(self._engine_id, report.epoch, report.step, report.kv)
+        if report.stats is not None:
+            self._reads += report.stats.reads
+            self._bytes += report.stats.bytes_read
         now = time.monotonic()
         if self._reads and now - self._since >= self._flush_s:
             self._record.remote(self._reads, self._bytes, now - self._since)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,11 @@ from raytier.actors.kv_blocks import KVBlockActor
 from raytier.actors.names import NAMESPACE, actor_name
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import MIB, AppConfig
-from raytier.engine.engine import Engine
+from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, ModelLoadingError, ResourceNotAvailableError
 from raytier.hardware.inventory import take_inventory
-from raytier.hardware.rates import Rates, load_rates, save_rates
+from raytier.hardware.rates import Rates
 from raytier.kv.block_pool import BlockPool
 from raytier.kv.ledger import KVStats
 from raytier.planner.placement import plan_weights
@@ -88,7 +89,9 @@ class ActorGroup:
         disk = self._create("disk", ray.remote(DiskTierActor))
         self._get(disk.open_model.remote(manifest))
 
-        rates = self._rates(description, device, disk)
+        largest = max(manifest.files, key=lambda file: file.size).path
+        rates: Rates = self._get(device.rates.remote(largest, manifest.compute_dtype, config.cache_dir))
+        self._get(disk.calibrate.remote(rates.disk_read_bytes_per_s))
         inventory = take_inventory([manifest.model_dir])
         plan = plan_weights(
             manifest,
@@ -135,9 +138,7 @@ class ActorGroup:
             tokenizer=Tokenizer(description.tokenizer),
             block_pool=pool,
             defaults=description.defaults,
-            config=config.scheduler,
-            max_context=manifest.max_context,
-            epoch=epoch,
+            config=EngineConfig(config.scheduler, manifest.max_context, manifest.vocab_size, epoch),
             on_step=StepReporter(model_id, kv, disk),
         )
         return self.engine
@@ -169,24 +170,8 @@ class ActorGroup:
         for actor in actors.values():
             ray.kill(actor, no_restart=True)
 
-    def _rates(self, description: ModelDescription, device: Any, disk: Any) -> Rates:
-        """Measured rates of this node, from the cache when they were measured before."""
-        manifest, cache_dir = description.manifest, self._config.cache_dir
-        largest = max(manifest.files, key=lambda file: file.size).path
-        cached = load_rates(cache_dir, largest, manifest.compute_dtype)
-        if cached is not None:
-            return cached
-        disk_rate = self._get(disk.measure.remote(largest))
-        matrix = self._get(device.measure_matrix.remote(manifest.compute_dtype))
-        rates = Rates(disk_read_bytes_per_s=disk_rate, matrix_bytes_per_s=matrix, source="measured")
-        save_rates(cache_dir, largest, manifest.compute_dtype, rates)
-        return rates
-
     def _threads(self) -> int:
-        from raytier.hardware.inventory import available_cpus
-
-        threads = self._config.compute.threads
-        return available_cpus() if threads == "auto" else threads
+        return self._config.compute.resolve_threads(len(os.sched_getaffinity(0)))
 
     def _bundle(self, role: str) -> dict[str, float]:
         return self._resources.bundles[self._resources.roles.index(role)]

@@ -11,7 +11,7 @@ import ray
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import AppConfig
 from raytier.hardware.inventory import take_inventory
-from raytier.hardware.rates import default_rates, load_rates
+from raytier.hardware.rates import RateKey, default_rates, load_rates
 from raytier.planner.budgets import resolve_kind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan
@@ -33,10 +33,12 @@ def prepare(config: AppConfig) -> tuple[ModelDescription, ResourcePlan]:
     inventory = take_inventory([manifest.model_dir])
     kind = resolve_kind(inventory, config)
     largest = max(manifest.files, key=lambda file: file.size).path
+    threads = config.compute.resolve_threads(inventory.cpus)
+    cached = load_rates(config.cache_dir, RateKey(largest, manifest.compute_dtype, kind, threads))
     plan = plan_weights(
         manifest,
         inventory,
-        load_rates(config.cache_dir, largest, manifest.compute_dtype) or default_rates(kind),
+        cached or default_rates(kind),
         config,
         kind=kind,
         max_num_seqs=description.max_num_seqs,

@@ -1,0 +1,126 @@
+"""LLMServer: the Serve deployment that is the HTTP ingress and the home of the engines.
+
+No torch in this process: it schedules, tokenises and talks to clients; what computes are its child actors.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from raytier.actors.group import ActorGroup, GroupStatus
+from raytier.checkpoint.manifest import ModelDescription
+from raytier.config import AppConfig
+from raytier.engine.engine import Engine
+from raytier.engine.outputs import OutputDelta
+from raytier.errors import EngineDeadError, ModelNotFoundError
+from raytier.planner.plan import ResourcePlan
+from raytier.serve.generate import ChatInput, GenerateResult, Generation, TextInput, prepare
+from raytier.serve.http import build_api
+
+logger = logging.getLogger(__name__)
+
+
+class LLMServer:
+    """One replica: engines, actors, routes.
+
+    Everything it makes is its child and sits in its placement group, so Serve's removal of the replica, or
+    its death, takes all of it away.
+    """
+
+    async def __init__(self, config: AppConfig, description: ModelDescription, resources: ResourcePlan) -> None:
+        logging.getLogger("raytier").setLevel(config.log_level)
+        placement_group = ray.util.get_current_placement_group()
+        assert placement_group is not None, "the application builder gives every replica a placement group"
+        self._config = config
+        self.created = int(time.time())
+        app = serve.get_replica_context().app_name
+        self._group = ActorGroup(app, config, resources, placement_group)
+        # In a thread: loading takes long, and Serve asks this loop for its health meanwhile. The engine's own
+        # thread starts here too, never in a request, whose cancellation Ray would pass on to its children.
+        self._engine = await asyncio.to_thread(self._group.start, description)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self, echo_request_id=False)
+
+    # Backend of the HTTP layer
+
+    def model_ids(self) -> list[str]:
+        return [entry.model_id for entry in self._config.models]
+
+    def engine(self, model_id: str | None) -> Engine:
+        if model_id is not None and model_id not in self.model_ids():
+            raise ModelNotFoundError(
+                f"model {model_id!r} is not served here; served are: {', '.join(self.model_ids())}"
+            )
+        return self._engine
+
+    def health(self) -> str | None:
+        return self._engine.dead
+
+    # Deployment handles
+
+    async def generate(self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any) -> GenerateResult:
+        """Continue a raw prompt: `await handle.generate.remote("Once upon", max_tokens=32)`.
+
+        Args:
+            prompt: text or token ids, taken raw (no chat template).
+            sampling: fields of a completion request: max_tokens, temperature, top_p, top_k, seed, stop, ...
+
+        Raises:
+            InvalidRequestError, ModelNotFoundError, QueueFullError, EngineDeadError: as over HTTP.
+        """
+        return await self._whole(model, TextInput(prompt, sampling))
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
+    ) -> GenerateResult:
+        """Continue a conversation of `{"role": ..., "content": ...}`; otherwise as `generate`."""
+        return await self._whole(model, ChatInput(messages, sampling))
+
+    async def generate_stream(
+        self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any
+    ) -> AsyncIterator[OutputDelta]:
+        """As `generate`, while it happens: `async for delta in handle.options(stream=True).generate_stream.remote(...)`.
+
+        A reader that goes away ends the request.
+        """
+        async with self._generation(model, TextInput(prompt, sampling)) as generation:
+            async for _, delta in generation:
+                yield delta
+
+    async def _whole(self, model: str | None, request: ChatInput | TextInput) -> GenerateResult:
+        async with self._generation(model, request) as generation:
+            return (await generation.results())[0]
+
+    @asynccontextmanager
+    async def _generation(self, model: str | None, request: ChatInput | TextInput) -> AsyncIterator[Generation]:
+        engine = self.engine(model)
+        generation = await Generation.start(engine, [await prepare(engine, request)])
+        try:
+            yield generation
+        finally:
+            await generation.aclose()
+
+    async def status(self) -> GroupStatus:
+        """What every actor holds and has done."""
+        return await asyncio.to_thread(self._group.status)
+
+    # Serve's life cycle
+
+    async def check_health(self) -> None:
+        """Raise when the engine or one of its actors is gone: Serve then replaces this replica."""
+        if self._engine.dead is not None:
+            raise EngineDeadError(self._engine.dead)
+        await asyncio.to_thread(self._group.ping)
+
+    async def __del__(self) -> None:
+        group = getattr(self, "_group", None)
+        if group is not None:
+            await asyncio.to_thread(group.stop)
