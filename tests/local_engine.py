@@ -1,0 +1,90 @@
+"""A real engine over a real model runner in this process: everything but Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytier.checkpoint.describe import describe_model
+from raytier.checkpoint.manifest import ModelManifest, Role
+from raytier.config import parse_config
+from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.tokenizer import Tokenizer
+from raytier.execution.model_runner import ModelRunner
+from raytier.hardware.inventory import take_inventory
+from raytier.hardware.rates import DEFAULT_RATES
+from raytier.kv.block_pool import BlockPool
+from raytier.planner.placement import plan_weights
+from raytier.planner.plan import Tier, WeightPlan
+
+#: How much of the weights is streamed, as placement rules.
+PLACEMENTS: dict[str, list[dict[str, str]]] = {
+    "resident": [],
+    "half": [{"pattern": "mlp", "tier": "nvme"}],
+    "streamed": [{"pattern": "re:.", "tier": "nvme"}],
+}
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    engine: Engine
+    runner: ModelRunner
+    plan: WeightPlan
+    manifest: ModelManifest
+
+    @property
+    def swept_bytes(self) -> int:
+        """Parameter bytes that every sweep must stream: all on disk but an embedding that is not also the head."""
+        manifest, tier_of = self.manifest, self.plan.tier_of
+        on_disk = [p for p in manifest.parameters if tier_of[p.name] is Tier.NVME]
+        return sum(p.nbytes for p in on_disk if p.role is not Role.EMBEDDING or manifest.tied)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one embedding row where rows are fetched from disk, else 0."""
+        embedding = self.manifest.by_name[self.manifest.embedding]
+        return embedding.nbytes // embedding.shape[0] if self.plan.tier_of[embedding.name] is Tier.NVME else 0
+
+    def check_bytes(self) -> None:
+        """What was streamed is what the plan says, to the byte; and it came from disk."""
+        total, steps = self.engine.stats().total, self.engine.stats().steps
+        assert steps > 0
+        rows = total.bytes_streamed - steps * self.swept_bytes
+        if self.row_bytes:
+            assert rows % self.row_bytes == 0 and steps <= rows // self.row_bytes <= total.num_tokens
+        else:
+            assert rows == 0
+        assert total.bytes_read >= total.bytes_streamed
+        assert (total.bytes_streamed > 0) == (self.plan.nvme_bytes > 0)
+
+
+@contextmanager
+def local_engine(model_dir: Path, device: str = "cpu", **settings: Any) -> Iterator[LocalEngine]:
+    """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it."""
+    config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
+    description = describe_model(str(model_dir))
+    manifest = description.manifest
+    plan = plan_weights(manifest, take_inventory(), DEFAULT_RATES, config, kind=device.partition(":")[0])
+    share = plan.devices[0]
+    nvme = config.tiers.nvme
+    runner = ModelRunner.load(
+        manifest, plan, device=device, io_threads=nvme.io_threads, io_bytes=int(nvme.io_mb * 2**20)
+    )
+    pool = BlockPool(share.block_size)
+    pool.add_extent(1, share.kv_blocks - 1)
+    engine = Engine(
+        "test",
+        runner,
+        Tokenizer(description.tokenizer),
+        pool,
+        description.defaults,
+        EngineConfig(config.scheduler, manifest.max_context, manifest.vocab_size),
+    )
+    try:
+        yield LocalEngine(engine, runner, plan, manifest)
+    finally:
+        engine.close()
+        runner.close()
