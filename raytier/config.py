@@ -68,7 +68,7 @@ class NvmeTier(_Section):
 
     enabled: bool = True
     max_gb: float | None = Field(None, ge=0)
-    io_threads: int = Field(6, ge=1, le=64)
+    io_threads: int = Field(4, ge=1, le=64)
     io_mb: float = Field(8, ge=0.0625, le=256)
 
 

@@ -57,14 +57,11 @@ class DeviceActor:
     """Runs steps. At most one call per step: a step number that does not follow the last is refused."""
 
     def __init__(self, name: str, kind: str, threads: int) -> None:
-        import torch
+        from raytier.execution.device import use_device
 
-        torch.set_num_threads(threads)
         self._name = name
         self._threads = threads
-        self._device = "cuda:0" if kind == "cuda" else "cpu"
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("compute.device is cuda, but torch sees no CUDA device in the DeviceActor")
+        self._device = use_device(kind, threads)
         self._runner: ModelRunner | None = None
         self._model_id: str | None = None
         self._last: tuple[int, int] = (-1, 0)
@@ -157,4 +154,4 @@ class DeviceActor:
 
 def remote_device_actor() -> Any:
     """The actor class as Ray wants it; one compute thread, two for control."""
-    return ray.remote(concurrency_groups={"control": 2})(DeviceActor)
+    return ray.remote(concurrency_groups={"control": 2})(DeviceActor)  # type: ignore[call-overload]

@@ -24,10 +24,12 @@ from raytier.config import MIB, AppConfig
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, ModelLoadingError, ResourceNotAvailableError
+from raytier.execution.layout import host_units
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import Rates
 from raytier.kv.block_pool import BlockPool
 from raytier.kv.ledger import KVStats
+from raytier.planner.budgets import DeviceKind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan, WeightPlan
 
@@ -84,7 +86,7 @@ class ActorGroup:
 
     def _start(self, description: ModelDescription) -> Engine:
         config, manifest = self._config, description.manifest
-        kind = "cuda" if "GPU" in self._bundle("device") else "cpu"
+        kind: DeviceKind = "cuda" if "GPU" in self._bundle("device") else "cpu"
         device = self._create("device", remote_device_actor(), kind, self._threads())
         disk = self._create("disk", ray.remote(DiskTierActor))
         self._get(disk.open_model.remote(manifest))
@@ -107,22 +109,23 @@ class ActorGroup:
             logger.warning("plan: %s", warning)
         share = plan.devices[0]
 
-        host = self._create("host", ray.remote(HostPoolActor), plan.host_bytes)
+        host_bytes = sum(unit.nbytes for unit in host_units(manifest, plan.tier_of))
+        host = self._create("host", ray.remote(HostPoolActor), host_bytes)
         block_bytes = share.kv_bytes // share.kv_blocks
         kv = self._create("kv", ray.remote(KVBlockActor), share.kv_blocks, share.block_size, block_bytes)
         model_id = config.model.model_id
-        arena = self._get(host.allocate.remote(model_id, plan.host_bytes)) if plan.host_bytes else None
+        arena = self._get(host.allocate.remote(model_id, host_bytes)) if host_bytes else None
         nvme = config.tiers.nvme
         seconds = self._get(
             device.load.remote(model_id, manifest, plan, arena, nvme.io_threads, int(nvme.io_mb * MIB)),
             timeout=_LOAD_TIMEOUT_S,
         )
         logger.info(
-            "loaded %s in %.1f s: %.1f MiB resident, %.1f MiB in the host pool, %.1f MiB streamed per step, %d KV blocks",
+            "loaded %s in %.1f s: %.1f MiB resident, %.1f in the host pool, %.1f streamed per step, %d KV blocks",
             model_id,
             seconds,
             share.resident_bytes / MIB,
-            plan.host_bytes / MIB,
+            host_bytes / MIB,
             plan.streamed_bytes / MIB,
             share.kv_blocks,
         )

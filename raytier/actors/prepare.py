@@ -45,5 +45,6 @@ def prepare(config: AppConfig) -> tuple[ModelDescription, ResourcePlan]:
         kv_total_blocks=description.kv_total_blocks,
     )
     resources = plan_resources(plan, inventory)
-    check_cluster(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    check_cluster(resources, [node["Resources"] for node in nodes if node["Alive"]])
     return description, resources

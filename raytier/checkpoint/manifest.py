@@ -65,7 +65,9 @@ class Parameter:
 
     def __post_init__(self) -> None:
         if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:
-            raise ValueError(f"{self.name}: extents hold {sum(e.nbytes for e in self.extents)} bytes, not {self.nbytes}")
+            raise ValueError(
+                f"{self.name}: extents hold {sum(e.nbytes for e in self.extents)} bytes, not {self.nbytes}"
+            )
         if (self.layer is None) == (self.role is Role.LAYER):
             raise ValueError(f"{self.name}: role {self.role} does not go with layer {self.layer}")
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
-from raytier.execution.layout import StreamUnit, assemble, build_unit, resident_reads, sweep_units, whole
+from raytier.checkpoint.manifest import ModelManifest, Parameter
+from raytier.execution.layout import StreamUnit, assemble, host_units, resident_reads, resident_units, sweep_units
 from raytier.execution.reader import ReaderPool
 from raytier.execution.rows import RowFetcher
 from raytier.execution.stream import WeightStream
 from raytier.planner.plan import DevicePlan, Tier
-from raytier.tiers.aligned import AlignedBuffer, align_up
+from raytier.tiers.aligned import AlignedBuffer
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -82,7 +82,7 @@ class Weights:
             self.ring_bytes = ring.nbytes
             self._pin(ring.address, ring.nbytes)
             self._stream = WeightStream(units, pool, ring, share.window)
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._attach(model, layers, units, share.head_chunk_rows)
         if self._stream is not None:
             self._stream.start()
@@ -96,15 +96,14 @@ class Weights:
             return
         parameters = self._manifest.by_name
         in_place = [n for n in names if parameters[n].dtype == self._manifest.compute_dtype]
-        for group in self._by_layer(in_place):
-            unit = build_unit("resident", [whole(parameters[name]) for name in group], self._manifest.files)
+        for unit in resident_units(self._manifest, in_place):
             buffer = AlignedBuffer(unit.nbytes)
             self._read(unit, buffer.view)
             self.resident_bytes += buffer.nbytes
             for name, tensor in self._members(unit, buffer.view).items():
                 self._bind(name, tensor)
         for name in set(names) - set(in_place):
-            unit = build_unit(name, [whole(parameters[name])], self._manifest.files)
+            (unit,) = resident_units(self._manifest, [name])
             with AlignedBuffer(unit.nbytes) as buffer:
                 self._read(unit, buffer.view)
                 tensor = self._members(unit, buffer.view)[name].to(self._compute_dtype)
@@ -141,30 +140,17 @@ class Weights:
 
     def _load_host(self, view: memoryview) -> dict[str, Tensor]:
         """Fill the arena range with the host-tier parameters; views of it by name."""
-        names = [p.name for p in self._manifest.parameters if self._tier_of[p.name] is Tier.HOST]
         tensors: dict[str, Tensor] = {}
         offset = 0
-        for group in self._by_layer(names):
-            unit = build_unit("host", [whole(self._manifest.by_name[name]) for name in group], self._manifest.files)
+        for unit in host_units(self._manifest, self._tier_of):
             target = view[offset : offset + unit.nbytes]
             self._read(unit, target)
             tensors |= self._members(unit, target)
-            offset += align_up(unit.nbytes)
+            offset += unit.nbytes
         self.host_bytes = offset
         if tensors:
             self._pin(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), offset)
         return tensors
-
-    def _by_layer(self, names: Iterable[str]) -> list[list[str]]:
-        """Names grouped by decoder layer, each large parameter outside of the layers on its own."""
-        groups: dict[object, list[str]] = {}
-        for name in names:
-            parameter = self._manifest.by_name[name]
-            key: object = parameter.layer
-            if parameter.layer is None:
-                key = name if parameter.role is not Role.OTHER else Role.OTHER
-            groups.setdefault(key, []).append(name)
-        return list(groups.values())
 
     def _read(self, unit: StreamUnit, view: memoryview) -> None:
         self._pool.submit(unit.reads, view).wait()
@@ -290,7 +276,7 @@ class Weights:
     def _upload(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the device. Returns when the source may be overwritten; earlier layers still compute meanwhile."""
         assert self._copy_stream is not None
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._copy_stream):
             copies = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
             done.record(self._copy_stream)
@@ -303,14 +289,14 @@ class Weights:
     def _pin(self, address: int, nbytes: int) -> None:
         """Register host memory with CUDA so that copies from it are asynchronous and at full rate."""
         if self._device.type == "cuda":
-            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call,call-arg]
+            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
             if code:
                 raise RuntimeError(f"cudaHostRegister of {nbytes} bytes failed with code {code}")
             self._pinned.append(address)
 
     def _unpin(self) -> None:
         while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())  # type: ignore[no-untyped-call,call-arg]
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())  # type: ignore[no-untyped-call]
 
     @property
     def bytes_streamed(self) -> int:

@@ -29,7 +29,9 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = parse_config(args)
     description, resources = prepare(config)
-    deployment = serve.deployment(serve.ingress()(LLMServer), name="LLMServer").options(
+    deployment: serve.Deployment = serve.deployment(
+        serve.ingress()(LLMServer),
+        name="LLMServer",
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": resources.bundles[0]["CPU"]},

@@ -34,7 +34,7 @@ class LLMServer:
     its death, takes all of it away.
     """
 
-    async def __init__(self, config: AppConfig, description: ModelDescription, resources: ResourcePlan) -> None:
+    async def __init__(self, config: AppConfig, description: ModelDescription, resources: ResourcePlan) -> None:  # type: ignore[misc]
         logging.getLogger("raytier").setLevel(config.log_level)
         placement_group = ray.util.get_current_placement_group()
         assert placement_group is not None, "the application builder gives every replica a placement group"
@@ -87,7 +87,7 @@ class LLMServer:
     async def generate_stream(
         self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any
     ) -> AsyncIterator[OutputDelta]:
-        """As `generate`, while it happens: `async for delta in handle.options(stream=True).generate_stream.remote(...)`.
+        """As `generate`, while it happens: iterate `handle.options(stream=True).generate_stream.remote(...)`.
 
         A reader that goes away ends the request.
         """
@@ -102,7 +102,7 @@ class LLMServer:
     @asynccontextmanager
     async def _generation(self, model: str | None, request: ChatInput | TextInput) -> AsyncIterator[Generation]:
         engine = self.engine(model)
-        generation = await Generation.start(engine, [await prepare(engine, request)])
+        generation = await Generation.start(engine, await prepare(engine, [request]))
         try:
             yield generation
         finally:

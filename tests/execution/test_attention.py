@@ -73,7 +73,12 @@ def test_mixed_batch_in_chunks(window: int | None, softcap: float | None, sinks:
         for i, n in taken:
             done[i] += n
             expected = oracle(
-                queries[i][:, done[i] - n : done[i]], keys[i][:, : done[i]], values[i][:, : done[i]], window, softcap, sink_logits
+                queries[i][:, done[i] - n : done[i]],
+                keys[i][:, : done[i]],
+                values[i][:, : done[i]],
+                window,
+                softcap,
+                sink_logits,
             )
             torch.testing.assert_close(out[0, position : position + n].double(), expected, atol=2e-6, rtol=2e-5)
             position += n

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def test_runs_name_every_token_once(order: list[int], start: int, length: int) -
     runs = slot_runs(table, 4, start, stop)
     slots = [slot for first, count in runs for slot in range(first, first + count)]
     assert slots == [table[t // 4] * 4 + t % 4 for t in range(start, stop)]
-    assert all(a[0] + a[1] != b[0] for a, b in zip(runs, runs[1:], strict=False)), "neighbouring runs must be merged"
+    assert all(a[0] + a[1] != b[0] for a, b in pairwise(runs)), "neighbouring runs must be merged"
 
 
 def test_consecutive_blocks_are_one_view() -> None:

@@ -53,7 +53,15 @@ def test_temperature_sharpens() -> None:
 
 @pytest.mark.parametrize(
     ("top_p", "top_k", "allowed"),
-    [(0.5, 0, {1}), (0.51, 0, {1, 3}), (0.85, 0, {1, 3, 0}), (1.0, 2, {1, 3}), (1.0, 1, {1}), (1e-9, 0, {1}), (0.7, 3, {1, 3})],
+    [
+        (0.5, 0, {1}),
+        (0.51, 0, {1, 3}),
+        (0.85, 0, {1, 3, 0}),
+        (1.0, 2, {1, 3}),
+        (1.0, 1, {1}),
+        (1e-9, 0, {1}),
+        (0.7, 3, {1, 3}),
+    ],
 )
 def test_truncation(top_p: float, top_k: int, allowed: set[int]) -> None:
     """Probabilities 0.15, 0.5, 0.05, 0.3: the set is the smallest that reaches top_p within the top_k."""

@@ -1,0 +1,26 @@
+"""The device that a compute process uses."""
+
+from __future__ import annotations
+
+import torch
+
+from raytier.errors import ResourceNotAvailableError
+
+
+def use_device(kind: str, threads: int) -> str:
+    """Prepare this process to compute with `kind` ("cpu" or "cuda") and `threads` CPU threads; torch's device name.
+
+    Ray sets OMP_NUM_THREADS to 1 in an actor with a fractional CPU, so the number is always set here.
+
+    Raises:
+        ResourceNotAvailableError: torch sees no CUDA device.
+    """
+    torch.set_num_threads(threads)
+    if kind == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ResourceNotAvailableError(
+            "compute.device is cuda, but torch sees no CUDA device in the compute process: "
+            "install a CUDA build of torch, or set compute.device to cpu"
+        )
+    return "cuda:0"

@@ -1,0 +1,288 @@
+"""What is read when: which file ranges make up each streamed unit, and where its parameters then lie.
+
+A *unit* is what the ring holds and frees as one: the streamed parameters of a decoder layer, or a chunk of
+vocabulary rows of the output head. Pure functions over the manifest; nothing is opened here.
+
+Reads are aligned outward for O_DIRECT, so bytes keep their file offset modulo `ALIGNMENT`: a parameter starts
+anywhere in its unit and is used in place. Only what cannot be used in place (several separate extents, or a file
+offset that its dtype cannot start at) is copied together, into space behind the reads, by `assemble`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile
+from raytier.errors import CheckpointError
+from raytier.planner.plan import Tier
+from raytier.tiers.aligned import align_down, align_up
+
+#: Bytes between wanted ranges that may be read along to save a request ...
+MAX_GAP = 64 << 10
+#: ... as long as they add up to no more than this part of the wanted bytes.
+MAX_GAP_FRACTION = 0.01
+#: Start of an assembled parameter: one cache line.
+SCRATCH_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [row_start, row_stop) of the first dimension of a parameter."""
+
+    parameter: Parameter
+    row_start: int
+    row_stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """`nbytes` at `offset` of the manifest's file `file` go to `dest` in the unit.
+
+    `offset` and `dest` are aligned, and so is `nbytes` unless the range ends with the file; the unit has room
+    for `align_up(nbytes)` at `dest`.
+    """
+
+    file: int
+    offset: int
+    nbytes: int
+    dest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where rows [row_start, row_stop) of a parameter lie in their unit: `nbytes` at `offset`, packed.
+
+    `pieces`, (offset in the unit, bytes) each, are what `assemble` copies there; empty when read in place.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    row_start: int
+    row_stop: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamUnit:
+    """Reads and members of one unit of `nbytes` (aligned). `layer` is None for anything but a decoder layer."""
+
+    name: str
+    nbytes: int
+    reads: tuple[Read, ...]
+    members: tuple[Member, ...]
+    layer: int | None = None
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """Rows of the output head that this unit holds, None for a decoder layer."""
+        return None if self.layer is not None else (self.members[0].row_start, self.members[0].row_stop)
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Bytes of its parameters."""
+        return sum(member.nbytes for member in self.members)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from disk for it."""
+        return sum(read.nbytes for read in self.reads)
+
+
+def whole(parameter: Parameter) -> Piece:
+    return Piece(parameter, 0, num_rows(parameter))
+
+
+def num_rows(parameter: Parameter) -> int:
+    """Size of the first dimension; a scalar is one row."""
+    return parameter.shape[0] if parameter.shape else 1
+
+
+def row_bytes(parameter: Parameter) -> int:
+    return parameter.nbytes // max(1, num_rows(parameter))
+
+
+def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], layer: int | None = None) -> StreamUnit:
+    """The unit that holds `pieces`, whose members keep their order.
+
+    Raises:
+        CheckpointError: a parameter has no bytes, or reaches beyond the end of its file.
+    """
+    extents = [tuple(_extents(piece)) for piece in pieces]
+    for extent in (e for group in extents for e in group):
+        if extent.offset + extent.nbytes > files[extent.file].size:
+            raise CheckpointError(f"{name}: {extent} reaches beyond the {files[extent.file].size} bytes of its file")
+    runs = _runs([extent for group in extents for extent in group], files)
+    reads: list[Read] = []
+    end = 0
+    for file, start, stop in runs:
+        reads.append(Read(file, start, stop - start, end))
+        end += align_up(stop - start)
+    starts = [(read.file, read.offset) for read in reads]
+
+    def place(extent: Extent) -> int:
+        read = reads[bisect_right(starts, (extent.file, extent.offset)) - 1]
+        return read.dest + extent.offset - read.offset
+
+    members: list[Member] = []
+    for piece, group in zip(pieces, extents, strict=True):
+        placed = tuple((place(extent), extent.nbytes) for extent in group)
+        nbytes = sum(extent.nbytes for extent in group)
+        offset = placed[0][0] if placed else 0
+        in_place = len(placed) <= 1 and offset % DTYPE_BYTES[piece.parameter.dtype] == 0
+        if not in_place:
+            offset = -(-end // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+            end = offset + nbytes
+        sources = () if in_place else placed
+        members.append(Member(piece.parameter.name, offset, nbytes, piece.row_start, piece.row_stop, sources))
+    return StreamUnit(name, align_up(end), tuple(reads), tuple(members), layer)
+
+
+def assemble(unit: StreamUnit, view: memoryview) -> None:
+    """Copy together the members of `unit` that cannot be used where they were read. `view` holds the unit."""
+    for member in unit.members:
+        position = member.offset
+        for source, nbytes in member.pieces:
+            view[position : position + nbytes] = view[source : source + nbytes]
+            position += nbytes
+
+
+def sweep_units(
+    manifest: ModelManifest,
+    tier_of: Mapping[str, Tier],
+    head_chunk_rows: int,
+    streamed_tiers: Collection[Tier] = (Tier.NVME,),
+) -> tuple[StreamUnit, ...]:
+    """Everything that one sweep streams, in the order of its use: decoder layers, then chunks of the output head.
+
+    A layer without streamed parameters has no unit. The input embedding is read by rows (`row_unit`); where it is
+    tied and on disk it is streamed here as the head.
+
+    Args:
+        tier_of: tier of every parameter by name (`WeightPlan.tier_of`).
+        head_chunk_rows: vocabulary rows per chunk, needed when the head is streamed.
+    """
+    units = []
+    for layer in range(manifest.num_layers):
+        pieces = [whole(p) for p in manifest.layer_parameters(layer) if tier_of[p.name] in streamed_tiers]
+        if pieces:
+            units.append(build_unit(f"layer {layer}", pieces, manifest.files, layer))
+    if tier_of[manifest.head] in streamed_tiers:
+        if head_chunk_rows <= 0:
+            raise ValueError(f"{manifest.head} is streamed, so head_chunk_rows must be positive, not {head_chunk_rows}")
+        head = manifest.by_name[manifest.head]
+        for piece in _split(head, head_chunk_rows):
+            units.append(build_unit(f"head rows {piece.row_start}-{piece.row_stop}", [piece], manifest.files))
+    return tuple(units)
+
+
+def resident_units(manifest: ModelManifest, names: Iterable[str]) -> tuple[StreamUnit, ...]:
+    """Units that hold the named parameters whole, to be read right to where they stay: one per decoder layer, one
+    for each large parameter outside of the layers, one for the small ones there."""
+    groups: dict[object, list[Piece]] = {}
+    for name in names:
+        parameter = manifest.by_name[name]
+        key = parameter.layer if parameter.layer is not None else parameter.role
+        groups.setdefault(key, []).append(whole(parameter))
+    return tuple(build_unit(f"resident {key}", pieces, manifest.files) for key, pieces in groups.items())
+
+
+def host_units(manifest: ModelManifest, tier_of: Mapping[str, Tier]) -> tuple[StreamUnit, ...]:
+    """How the host-tier parameters lie in the node's arena, one unit behind the other."""
+    return resident_units(manifest, (p.name for p in manifest.parameters if tier_of[p.name] is Tier.HOST))
+
+
+def resident_reads(manifest: ModelManifest, names: Iterable[str], unit_bytes: int = 64 << 20) -> tuple[StreamUnit, ...]:
+    """Units of about `unit_bytes` that together hold the named parameters once, in the order of the files.
+
+    Large parameters are split by rows, so a loader needs little more memory than what it fills.
+    """
+    parameters = [manifest.by_name[name] for name in names]
+    parameters.sort(key=lambda p: [(extent.file, extent.offset) for extent in p.extents[:1]])
+    units: list[StreamUnit] = []
+    pieces: list[Piece] = []
+    filled = 0
+
+    def flush() -> None:
+        if pieces:
+            units.append(build_unit(f"resident {len(units)}", pieces, manifest.files))
+            pieces.clear()
+
+    for parameter in parameters:
+        for piece in _split(parameter, max(1, unit_bytes // max(1, row_bytes(parameter)))):
+            nbytes = (piece.row_stop - piece.row_start) * row_bytes(parameter)
+            if filled + nbytes > unit_bytes:
+                flush()
+                filled = 0
+            pieces.append(piece)
+            filled += nbytes
+    flush()
+    return tuple(units)
+
+
+def row_unit(parameter: Parameter, rows: Sequence[int], files: Sequence[SourceFile]) -> StreamUnit:
+    """The unit that holds single `rows` of a parameter, ascending and distinct; runs of rows are one member."""
+    pieces: list[Piece] = []
+    for row in rows:
+        if pieces and pieces[-1].row_stop == row:
+            pieces[-1] = Piece(parameter, pieces[-1].row_start, row + 1)
+        else:
+            pieces.append(Piece(parameter, row, row + 1))
+    return build_unit(f"rows of {parameter.name}", pieces, files)
+
+
+def _split(parameter: Parameter, rows: int) -> Iterator[Piece]:
+    for start in range(0, num_rows(parameter), rows):
+        yield Piece(parameter, start, min(start + rows, num_rows(parameter)))
+
+
+def _extents(piece: Piece) -> Iterator[Extent]:
+    """File ranges of the piece in the order of its bytes; ranges that follow each other in a file are one."""
+    size = row_bytes(piece.parameter)
+    start, stop = piece.row_start * size, piece.row_stop * size
+    if start < stop and not piece.parameter.extents:
+        raise CheckpointError(f"{piece.parameter.name} has no bytes: the model directory holds no weights")
+    position = 0
+    last: Extent | None = None
+    for extent in piece.parameter.extents:
+        first, end = max(start, position), min(stop, position + extent.nbytes)
+        if first < end:
+            found = Extent(extent.file, extent.offset + first - position, end - first)
+            if last and (last.file, last.offset + last.nbytes) == (found.file, found.offset):
+                last = Extent(last.file, last.offset, last.nbytes + found.nbytes)
+            else:
+                if last:
+                    yield last
+                last = found
+        position += extent.nbytes
+    if last:
+        yield last
+
+
+def _runs(extents: Sequence[Extent], files: Sequence[SourceFile]) -> list[tuple[int, int, int]]:
+    """(file, start, stop) of the fewest aligned ranges that cover `extents` within the limits on gaps."""
+    spans = sorted(
+        (e.file, align_down(e.offset), min(align_up(e.offset + e.nbytes), files[e.file].size)) for e in extents
+    )
+    runs: list[list[int]] = []
+    for file, start, stop in spans:
+        if runs and runs[-1][0] == file and start <= runs[-1][2]:
+            runs[-1][2] = max(runs[-1][2], stop)
+        else:
+            runs.append([file, start, stop])
+    # Close the smallest gaps first: they save the most requests for the bytes that they waste.
+    gaps = sorted((b[1] - a[2], i) for i, (a, b) in enumerate(pairwise(runs)) if a[0] == b[0])
+    allowance = MAX_GAP_FRACTION * sum(e.nbytes for e in extents)
+    closed = set()
+    for gap, index in gaps:
+        allowance -= gap
+        if gap >= MAX_GAP or allowance < 0:
+            break
+        closed.add(index)
+    merged: list[tuple[int, int, int]] = []
+    for index, (file, start, stop) in enumerate(runs):
+        merged.append((file, merged.pop()[1], stop) if index - 1 in closed else (file, start, stop))
+    return merged

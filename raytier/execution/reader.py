@@ -1,0 +1,209 @@
+"""Threads that read file ranges into memory, several requests at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from raytier.errors import TierError
+from raytier.execution.layout import Read
+from raytier.tiers.aligned import ALIGNMENT, align_up
+from raytier.tiers.files import DirectFile
+
+
+class ReadTicket:
+    """Reads submitted together: wait for all of them, or cancel.
+
+    Invariant: `_running <= _unfinished`, and memory of the ticket is written only while `_running > 0`.
+    """
+
+    def __init__(self, requests: int) -> None:
+        self._unfinished = requests  # neither done nor skipped
+        self._running = 0
+        self._error: TierError | None = None
+        self._cancelled = False
+        self._bytes_read = 0
+        self._changed = threading.Condition()
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return or raise at once."""
+        with self._changed:
+            return self._over
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        with self._changed:
+            return self._bytes_read
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when everything has been read. When it raises an error of a read, no memory is being written any more.
+
+        Raises:
+            TierError: the first error of a read; the ticket was cancelled; or `timeout` seconds have passed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._over, timeout):
+                raise TierError(f"{self._unfinished} reads have not ended within {timeout} s: the disk does not answer")
+            if self._error:
+                raise self._error
+            if self._cancelled and self._unfinished:
+                raise TierError("the reads were cancelled")
+
+    def cancel(self) -> None:
+        """Skip what has not begun and return when nothing is being written any more: the memory is free again."""
+        with self._changed:
+            self._cancelled = True
+            self._changed.wait_for(lambda: self._running == 0)
+
+    @property
+    def _over(self) -> bool:
+        stopped = self._cancelled or self._error is not None
+        return self._running == 0 and (stopped or self._unfinished == 0)
+
+    # The three below are called by the pool's threads.
+
+    def _begin(self) -> bool:
+        """Whether the next request is to be executed; if so, `_end` or `_fail` follows."""
+        with self._changed:
+            if self._cancelled or self._error:
+                return False
+            self._running += 1
+            return True
+
+    def _end(self, nbytes: int) -> None:
+        with self._changed:
+            self._running -= 1
+            self._unfinished -= 1
+            self._bytes_read += nbytes
+            self._changed.notify_all()
+
+    def _fail(self, error: TierError, *, running: bool) -> None:
+        with self._changed:
+            self._running -= running
+            self._error = self._error or error
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    ticket: ReadTicket
+    file: DirectFile
+    offset: int
+    nbytes: int
+    view: memoryview
+
+
+class ReaderPool:
+    """`threads` threads execute reads of `files` in requests of at most `io_bytes`, in the order of submission.
+
+    The caller owns `files` and closes them after the pool.
+    """
+
+    def __init__(self, files: Sequence[DirectFile], threads: int, io_bytes: int) -> None:
+        if threads <= 0 or io_bytes <= 0 or io_bytes % ALIGNMENT:
+            raise ValueError(f"{threads} threads, {io_bytes} bytes: at least one, in multiples of {ALIGNMENT}")
+        self.files = tuple(files)
+        self._io_bytes = io_bytes
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._queue: deque[_Request] = deque()
+        self._urgent: deque[_Request] = deque()
+        self._closed = False
+        self._bytes_read = 0
+        self._reads = 0
+        names = [f"raytier-read-{index}" for index in range(threads)]
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read since the pool was made, alignment included."""
+        with self._lock:
+            return self._bytes_read
+
+    @property
+    def reads(self) -> int:
+        """Requests executed without error since the pool was made."""
+        with self._lock:
+            return self._reads
+
+    def submit(self, reads: Iterable[Read], view: memoryview, *, urgent: bool = False) -> ReadTicket:
+        """Read all of `reads` into `view`, whose address is aligned and which must stay alive until the ticket is over.
+
+        `urgent` reads start before all others that wait: someone computes nothing until they are there.
+        """
+        pieces = [(read, start, nbytes) for read in reads for start, nbytes in self._split(read.nbytes)]
+        ticket = ReadTicket(len(pieces))
+        requests = [
+            _Request(
+                ticket,
+                self.files[read.file],
+                read.offset + start,
+                nbytes,
+                view[read.dest + start : read.dest + start + align_up(nbytes)],
+            )
+            for read, start, nbytes in pieces
+        ]
+        with self._work:
+            if self._closed:
+                raise TierError("the reader pool is closed")
+            (self._urgent if urgent else self._queue).extend(requests)
+            self._work.notify(len(requests))
+        return ticket
+
+    def _split(self, nbytes: int) -> list[tuple[int, int]]:
+        """(start, bytes) of requests of about equal size: a small rest would cost a request for little."""
+        count = -(-nbytes // self._io_bytes)
+        size = align_up(-(-nbytes // count)) if count else 1
+        return [(start, min(size, nbytes - start)) for start in range(0, nbytes, size)]
+
+    def _run(self) -> None:
+        while request := self._next():
+            self._execute(request)
+            del request  # or it would keep the memory alive while this thread waits
+
+    def _execute(self, request: _Request) -> None:
+        ticket = request.ticket
+        if not ticket._begin():
+            return
+        try:
+            nbytes = request.file.read_into(request.view, request.offset, request.nbytes)
+        except TierError as error:
+            ticket._fail(error, running=True)
+        except Exception as error:  # whatever it is, the one who waits must hear of it
+            ticket._fail(TierError(f"reading {request.file.path} failed: {error!r}"), running=True)
+        else:
+            with self._lock:
+                self._bytes_read += nbytes
+                self._reads += 1
+            ticket._end(nbytes)
+
+    def _next(self) -> _Request | None:
+        with self._work:
+            self._work.wait_for(lambda: self._closed or self._urgent or self._queue)
+            if self._closed:
+                return None
+            return (self._urgent or self._queue).popleft()
+
+    def close(self) -> None:
+        """End the threads after the requests that they execute now; tickets with others left fail."""
+        with self._work:
+            self._closed = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for request in (*self._urgent, *self._queue):
+            request.ticket._fail(TierError("the reader pool was closed before the read began"), running=False)
+        self._urgent.clear()
+        self._queue.clear()
+
+    def __enter__(self) -> ReaderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

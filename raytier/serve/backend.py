@@ -1,0 +1,33 @@
+"""What the HTTP layer needs from whoever holds the engines."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from raytier.engine.engine import Engine
+
+
+class Backend(Protocol):
+    """The Serve deployment, or a test's stand-in. Methods are called on the event loop and must not block."""
+
+    @property
+    def created(self) -> int:
+        """Unix time in seconds since when the models are offered."""
+        ...
+
+    def model_ids(self) -> list[str]:
+        """Ids that this server knows, the startup model first."""
+        ...
+
+    def engine(self, model_id: str | None) -> Engine:
+        """The engine of a model; None is the only or the startup model.
+
+        Raises:
+            ModelNotFoundError: no such model; the message names the known ones.
+            RaytierError: the model is known and cannot answer now.
+        """
+        ...
+
+    def health(self) -> str | None:
+        """None when requests can be served, else the reason why not."""
+        ...
