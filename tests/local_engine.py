@@ -13,17 +13,20 @@ from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
+from raytier.execution.layout import host_units
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
 from raytier.kv.block_pool import BlockPool
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
+from raytier.tiers.arena import Arena
 
 #: How much of the weights is streamed, as placement rules.
 PLACEMENTS: dict[str, list[dict[str, str]]] = {
     "resident": [],
     "half": [{"pattern": "mlp", "tier": "nvme"}],
+    "host": [{"pattern": "mlp", "tier": "host"}, {"pattern": "re:.", "tier": "nvme", "priority": 100}],
     "streamed": [{"pattern": "re:.", "tier": "nvme"}],
 }
 
@@ -70,8 +73,15 @@ def local_engine(model_dir: Path, device: str = "cpu", **settings: Any) -> Itera
     plan = plan_weights(manifest, take_inventory(), DEFAULT_RATES, config, kind=device.partition(":")[0])
     share = plan.devices[0]
     nvme = config.tiers.nvme
+    host_bytes = sum(unit.nbytes for unit in host_units(manifest, plan.tier_of))
+    arena = Arena.create("raytier-test", host_bytes) if host_bytes else None
     runner = ModelRunner.load(
-        manifest, plan, device=device, io_threads=nvme.io_threads, io_bytes=int(nvme.io_mb * 2**20)
+        manifest,
+        plan,
+        device=device,
+        arena=(arena.handle, 0, host_bytes) if arena is not None else None,
+        io_threads=nvme.io_threads,
+        io_bytes=int(nvme.io_mb * 2**20),
     )
     pool = BlockPool(share.block_size)
     pool.add_extent(1, share.kv_blocks - 1)
@@ -88,3 +98,5 @@ def local_engine(model_dir: Path, device: str = "cpu", **settings: Any) -> Itera
     finally:
         engine.close()
         runner.close()
+        if arena is not None:
+            arena.close()

@@ -260,7 +260,7 @@ class Weights:
             bias = module._parameters.get("bias")
             return out if bias is None else out + bias
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     # Streaming
 

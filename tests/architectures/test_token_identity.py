@@ -47,7 +47,7 @@ def test_family(family: str, make_model: Callable[..., Path]) -> None:
                 model_dir,
                 placement={"rules": rules},
                 scheduler={"max_num_batched_tokens": chunk},
-                tiers={"nvme": {"io_threads": 2, "io_mb": 0.0625}},
+                tiers={"device": {"max_mb": 64}, "nvme": {"io_threads": 2, "io_mb": 0.0625}},
             ) as local:
                 outputs = local.engine.generate(prompts(), GREEDY)
                 assert [list(o.token_ids) for o in outputs] == wanted, f"{placement}, chunks of {chunk}"
@@ -55,5 +55,8 @@ def test_family(family: str, make_model: Callable[..., Path]) -> None:
                 share = local.manifest.nbytes - local.plan.nvme_bytes
                 if placement == "streamed":
                     assert share < 0.1 * local.manifest.nbytes, "only norms and biases may be resident"
+                elif placement == "host":
+                    assert 0.2 < local.plan.host_bytes / local.manifest.nbytes < 0.8
+                    assert local.runner.memory()["host"] >= local.plan.host_bytes
                 elif placement == "half":
                     assert 0.2 < local.plan.nvme_bytes / local.manifest.nbytes < 0.8

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from raytier.engine.sampling_params import SamplingParams
+from raytier.engine.scheduler import Scheduler, SchedulerLimits
+from raytier.engine.sequence import FinishReason, Sequence, Status
+from raytier.engine.step import StepBatch, StepResult
+from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from raytier.kv.block_pool import BlockPool
+from raytier.kv.ledger import LeaseLedger
+from tests.engine.fakes import PagedExecutor, next_token
+
+VOCAB = 50
+BLOCK = 4
+
+
+def make(
+    *, blocks: int = 50, seqs: int = 8, tokens: int = 16, queue: int = 100, context: int = 100
+) -> tuple[Scheduler, BlockPool, PagedExecutor]:
+    pool = BlockPool(BLOCK)
+    pool.add_extent(1, blocks)
+    scheduler = Scheduler("m", pool, SchedulerLimits(seqs, tokens, queue, context))
+    return scheduler, pool, PagedExecutor(blocks + 1, BLOCK, VOCAB)
+
+
+def sequence(
+    seq_id: int, prompt: int, new: int = 5, *, stop: frozenset[int] = frozenset(), temperature: float = 0.0
+) -> Sequence:
+    params = SamplingParams(temperature=temperature, top_p=1, top_k=0, max_tokens=new)
+    tokens = [(seq_id * 7 + position) % VOCAB for position in range(prompt)]
+    return Sequence(seq_id, tokens, prompt, prompt + new, params, seed=seq_id, stop_ids=stop)
+
+
+def shape(batch: StepBatch | None) -> list[tuple[int, int, int]]:
+    """(sequence, start, tokens) of each chunk."""
+    assert batch is not None
+    return [(c.seq_id, c.start, len(c.token_ids)) for c in batch.chunks]
+
+
+def run(scheduler: Scheduler, executor: PagedExecutor) -> int:
+    """Step until nothing is left; the number of steps."""
+    steps = 0
+    while (batch := scheduler.schedule()) is not None:
+        scheduler.apply(executor.step(batch))
+        scheduler.check_integrity()
+        steps += 1
+    assert not scheduler.has_work
+    return steps
+
+
+def test_prefill_is_chunked_and_decodes_go_first() -> None:
+    scheduler, _, executor = make(tokens=10)
+    short, long = sequence(1, 3), sequence(2, 25)
+    scheduler.add(short)
+    scheduler.add(long)
+    shapes, drawing = [], []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        shapes.append(shape(batch))
+        assert batch is not None
+        drawing.append([c.seq_id for c in batch.chunks if c.sample is not None])
+        scheduler.apply(executor.step(batch))
+    assert shapes == [
+        [(1, 0, 3), (2, 0, 7)],
+        [(1, 3, 1), (2, 7, 9)],
+        [(1, 4, 1), (2, 16, 9)],
+        [(1, 5, 1), (2, 25, 1)],
+    ]
+    assert drawing == [[1], [1], [1, 2], [1, 2]]
+
+
+def test_a_prompt_lies_in_one_run() -> None:
+    scheduler, _, executor = make(tokens=4)
+    scheduler.add(sequence(1, 30))
+    scheduler.add(sequence(2, 20))
+    for _ in range(16):
+        batch = scheduler.schedule()
+        assert batch is not None
+        for chunk in batch.chunks:
+            table = chunk.block_table
+            assert table == tuple(range(table[0], table[0] + len(table)))
+        scheduler.apply(executor.step(batch))
+
+
+def test_max_num_seqs_and_order_of_arrival() -> None:
+    scheduler, _, executor = make(seqs=2)
+    for seq_id in range(1, 5):
+        scheduler.add(sequence(seq_id, 3, 2))
+    ends: list[int] = []
+    while (batch := scheduler.schedule()) is not None:
+        assert len(batch.chunks) <= 2
+        ends += [s.seq_id for s, _ in scheduler.apply(executor.step(batch)) if s.finished]
+    assert ends == [1, 2, 3, 4]
+
+
+def test_the_latest_is_preempted_and_resumes_before_those_that_wait() -> None:
+    scheduler, pool, executor = make(blocks=8, tokens=32)
+    sequences = [sequence(1, 12, 14), sequence(2, 12, 8), sequence(3, 4, 4)]
+    for each in sequences:
+        scheduler.add(each)
+    started: list[int] = []
+    while (batch := scheduler.schedule()) is not None:
+        started += [c.seq_id for c in batch.chunks if c.start == 0]
+        if sequences[1].preemptions and sequences[1].status is Status.WAITING:
+            assert sequences[1].block_table == []
+            assert sequences[1].num_computed == 0
+            assert sequences[2].status is Status.WAITING
+        scheduler.apply(executor.step(batch))
+        scheduler.check_integrity()
+    assert started == [1, 2, 2, 3]
+    assert scheduler.num_preemptions == 1
+    assert pool.num_used == 0
+
+
+def test_what_can_never_fit_is_refused_with_numbers() -> None:
+    scheduler, _, executor = make(blocks=5, context=40)
+    scheduler.add(sequence(1, 11, 10))  # 20 tokens of KV in 5 blocks: the last token needs none
+    with pytest.raises(InvalidRequestError, match="need 6 KV blocks of 4 tokens, there are 5.*at most 10") as refused:
+        scheduler.add(sequence(2, 11, 11))
+    assert refused.value.param == "max_tokens"
+    with pytest.raises(InvalidRequestError, match="shorten the prompt by 2 tokens") as refused:
+        scheduler.add(sequence(3, 22, 3))
+    assert refused.value.param == "prompt"
+    with pytest.raises(InvalidRequestError, match="40 tokens and leaves no room.*at least 1$"):
+        scheduler.add(sequence(4, 40, 1))
+    assert run(scheduler, executor) == 10
+
+
+def test_the_queue_is_bounded() -> None:
+    scheduler, _, _ = make(queue=2)
+    scheduler.add(sequence(1, 3))
+    scheduler.add(sequence(2, 3))
+    with pytest.raises(QueueFullError, match="2 waiting"):
+        scheduler.add(sequence(3, 3))
+    scheduler.schedule()
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 0)
+
+
+def test_stop_token_and_length_end_within_the_step() -> None:
+    scheduler, pool, executor = make()
+    executor.model = lambda history, draw: 7 if draw.position == 2 else 1
+    stopped, full = sequence(1, 3, stop=frozenset({7})), sequence(2, 3, 2)
+    scheduler.add(stopped)
+    scheduler.add(full)
+    run(scheduler, executor)
+    assert (stopped.finish_reason, stopped.tokens[3:]) == (FinishReason.STOP, [1, 1, 7])
+    assert (full.finish_reason, full.num_output) == (FinishReason.LENGTH, 2)
+    assert pool.num_used == 0
+
+
+def test_an_abort_in_flight_frees_when_the_step_has_ended() -> None:
+    scheduler, pool, executor = make()
+    first, second = sequence(1, 5), sequence(2, 5)
+    scheduler.add(first)
+    scheduler.add(second)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert scheduler.finish(first, FinishReason.ABORT)
+    assert not scheduler.finish(first, FinishReason.ABORT)
+    assert pool.num_used == 4
+    assert [s for s, _ in scheduler.apply(executor.step(batch))] == [second]
+    assert pool.num_used == 2
+    scheduler.check_integrity()
+
+
+def test_a_lost_executor() -> None:
+    scheduler, pool, _ = make()
+    sequences = [sequence(1, 5), sequence(2, 5)]
+    for each in sequences:
+        scheduler.add(each)
+    scheduler.schedule()
+    scheduler.finish(sequences[0], FinishReason.ABORT)
+    scheduler.drop_in_flight()
+    scheduler.finish(sequences[1], FinishReason.ERROR)
+    assert pool.num_used == 0
+    scheduler.check_integrity()
+
+
+def test_results_must_belong_to_the_step() -> None:
+    scheduler, _, _ = make()
+    with pytest.raises(EngineDeadError, match="step 0 was expected"):
+        scheduler.apply(StepResult(3))
+    scheduler.add(sequence(1, 5))
+    batch = scheduler.schedule()
+    assert batch is not None
+    with pytest.raises(RuntimeError, match="in flight"):
+        scheduler.schedule()
+    with pytest.raises(EngineDeadError, match="result of step 7, but step 1"):
+        scheduler.apply(StepResult(7, {1: 3}))
+    with pytest.raises(EngineDeadError, match=r"no token for sequences \[1\]"):
+        scheduler.apply(StepResult(1, {}))
+
+
+workloads = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=8)
+
+
+@settings(max_examples=120, deadline=None)
+@given(work=workloads, blocks=st.integers(15, 40), seqs=st.integers(1, 6), tokens=st.integers(1, 24))
+def test_output_depends_on_the_sequence_alone(work: list[tuple[int, int]], blocks: int, seqs: int, tokens: int) -> None:
+    """Whatever the batch, the chunks and the preemptions: the tokens of a run with plenty of everything."""
+    scheduler, pool, executor = make(blocks=blocks, seqs=seqs, tokens=tokens)
+    sequences = [sequence(i, prompt, new, temperature=0.5 * (i % 2)) for i, (prompt, new) in enumerate(work, 1)]
+    for each in sequences:
+        scheduler.add(each)
+    run(scheduler, executor)
+    assert pool.num_used == 0
+    assert max(batch.num_tokens for batch in executor.batches) <= tokens
+    assert max(len(batch.chunks) for batch in executor.batches) <= seqs
+    for each in sequences:
+        reference = list(each.tokens[: each.prompt_len])
+        fresh = sequence(each.seq_id, each.prompt_len, each.params.max_tokens, temperature=each.params.temperature)
+        for _ in range(each.params.max_tokens):
+            reference.append(next_token(reference, fresh.next_draw(), VOCAB))
+            fresh.tokens = list(reference)
+        assert each.tokens == reference
+        assert each.finish_reason is FinishReason.LENGTH
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals, steps and cancellations in any order, over a small pool; a ledger follows the deltas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler, self.pool, self.executor = make(blocks=12, seqs=3, tokens=6, queue=4, context=48)
+        self.ledger = LeaseLedger(13, BLOCK, 1)
+        self.ledger.lease("e", 0, 12)
+        self.reports = 0
+        self.sequences: list[Sequence] = []
+        self.batch: StepBatch | None = None
+        self.ids = 0
+
+    @rule(prompt=st.integers(1, 30), new=st.integers(1, 18))
+    def add(self, prompt: int, new: int) -> None:
+        self.ids += 1
+        arrival = sequence(self.ids, prompt, new)
+        try:
+            self.scheduler.add(arrival)
+        except QueueFullError:
+            assert self.scheduler.num_waiting >= 4
+        except InvalidRequestError:
+            assert prompt + new - 1 > 48 or prompt >= 48
+        else:
+            self.sequences.append(arrival)
+
+    @precondition(lambda self: self.batch is None)
+    @rule()
+    def schedule(self) -> None:
+        work = self.scheduler.has_work
+        self.batch = self.scheduler.schedule()
+        assert (self.batch is not None) == work, "there is work but no step"
+        if self.batch is not None:
+            assert 1 <= self.batch.num_tokens <= 6
+            assert self.scheduler.num_running <= 3
+            oldest = min(s.seq_id for s in self.sequences if not s.finished)
+            assert oldest in {c.seq_id for c in self.batch.chunks}, "the oldest does not progress"
+
+    @precondition(lambda self: self.batch is not None)
+    @rule()
+    def apply(self) -> None:
+        assert self.batch is not None
+        drawn = self.scheduler.apply(self.executor.step(self.batch))
+        alive = {c.seq_id for c in self.batch.chunks if c.sample is not None}
+        assert {s.seq_id for s, _ in drawn} <= alive
+        self.batch = None
+
+    @precondition(lambda self: any(not s.finished for s in self.sequences))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        victim = data.draw(st.sampled_from([s for s in self.sequences if not s.finished]))
+        in_flight = self.batch is not None and victim.seq_id in {c.seq_id for c in self.batch.chunks}
+        used, held = self.pool.num_used, len(victim.block_table)
+        assert self.scheduler.finish(victim, FinishReason.ABORT)
+        assert not self.scheduler.finish(victim, FinishReason.ABORT)
+        assert self.pool.num_used == used - (0 if in_flight else held)
+
+    @rule()
+    def report(self) -> None:
+        self.reports += 1
+        assert self.ledger.report("e", 0, self.reports, self.scheduler.take_delta())
+        held = {s.seq_id: tuple(sorted(s.block_table)) for s in self.sequences if s.block_table}
+        assert self.ledger.holdings("e") == held
+
+    @invariant()
+    def consistent(self) -> None:
+        for each in self.sequences:
+            each.check(BLOCK)
+        if self.batch is None:
+            self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if self.batch is not None:
+            self.apply()
+        run(self.scheduler, self.executor)
+        assert self.pool.num_used == 0
+        assert all(s.finished and not s.block_table for s in self.sequences)
+        self.report()
+        assert self.ledger.stats().used_blocks == 0
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

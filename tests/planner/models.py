@@ -1,0 +1,84 @@
+"""Hand-made manifests, machines and configurations for the planner's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raytier.checkpoint.manifest import KVLayerSpec, ModelManifest, Parameter, Role
+from raytier.config import AppConfig, parse_config
+from raytier.hardware.inventory import GPU, NodeInventory
+from raytier.hardware.rates import Rates
+
+GIB = 2**30
+#: A CPU node whose disk is eight times slower than its linear layers.
+RATES = Rates(1e9, ((1, 8e9), (8, 8e9), (64, 6e9), (512, 1e9)))
+GPU_RATES = Rates(3.5e9, ((1, 1500e9), (8, 1500e9), (64, 1400e9), (512, 400e9)), 24e9)
+
+CPU_NODE = NodeInventory("cpu-node", 2, 24 * GIB, 22 * GIB)
+GPU_NODE = NodeInventory("gpu-node", 32, 128 * GIB, 124 * GIB, gpus=(GPU(0, "A100", 80 * GIB, 79 * GIB, "8.0"),))
+
+
+def llama(
+    *,
+    layers: int = 8,
+    hidden: int = 256,
+    intermediate: int = 768,
+    vocab: int = 4096,
+    heads: int = 8,
+    kv_heads: int = 4,
+    tied: bool = False,
+    dtype: str = "bfloat16",
+    compute_dtype: str = "bfloat16",
+    context: int = 1024,
+) -> ModelManifest:
+    """A Llama-shaped model without files."""
+    width = hidden // heads
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    parameters = [Parameter(embedding, (vocab, hidden), dtype, Role.EMBEDDING, aliases=(head,) if tied else ())]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv_heads * width, hidden),
+        "self_attn.v_proj": (kv_heads * width, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    for layer in range(layers):
+        parameters += [
+            Parameter(f"model.layers.{layer}.{name}.weight", shape, dtype, Role.LAYER, layer)
+            for name, shape in shapes.items()
+        ]
+    parameters.append(Parameter("model.norm.weight", (hidden,), dtype, Role.OTHER))
+    if not tied:
+        parameters.append(Parameter(head, (vocab, hidden), dtype, Role.HEAD))
+    return ModelManifest(
+        model_dir="/models/llama",
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        files=(),
+        parameters=tuple(parameters),
+        num_layers=layers,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        max_context=context,
+        compute_dtype=compute_dtype,
+        kv_layers=tuple(KVLayerSpec(kv_heads, width, width) for _ in range(layers)),
+        embedding=embedding,
+        head=embedding if tied else head,
+    )
+
+
+def configuration(
+    *, device_mb: float | None = None, host_mb: float | None = 0, nvme: dict[str, Any] | None = None, **sections: Any
+) -> AppConfig:
+    """A configuration with these caps; small steps and little KV unless `sections` say otherwise."""
+    args: dict[str, Any] = {
+        "models": [{"model_id": "m", "source_path": "/models/llama"}],
+        "tiers": {"device": {"max_mb": device_mb}, "host": {"max_mb": host_mb}, "nvme": nvme or {}},
+        "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 64},
+        "kv": {"expected_sequences": 2, "expected_context": 128},
+    }
+    return parse_config(args | sections)

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from raytier.checkpoint.manifest import ModelManifest, Role
+from raytier.config import MIB
+from raytier.errors import BudgetError
+from raytier.hardware.inventory import GPU
+from raytier.planner.placement import plan_weights
+from raytier.planner.plan import Tier, WeightPlan
+from raytier.planner.sizing import kv_demand, resident_nbytes
+from tests.planner.models import CPU_NODE, GIB, GPU_NODE, GPU_RATES, RATES, configuration, llama
+
+MODEL = llama()  # 16.8 MB: embedding and head 2 MB each, layers 1.6 MB each
+
+
+def streamed_per_layer(manifest: ModelManifest, plan: WeightPlan) -> list[int]:
+    return [
+        sum(p.nbytes for p in manifest.layer_parameters(i) if plan.tier_of[p.name] is Tier.NVME)
+        for i in range(manifest.num_layers)
+    ]
+
+
+def test_a_model_that_fits_is_never_offloaded() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(host_mb=None))
+    (device,) = plan.devices
+    assert set(plan.tier_of.values()) == {Tier.DEVICE}
+    assert device.resident_bytes == MODEL.nbytes
+    assert (device.ring_bytes, device.window, device.head_chunk_rows) == (0, 0, 0)
+    assert (plan.nvme_bytes, plan.host_bytes, plan.streamed_bytes, plan.warnings) == (0, 0, 0, ())
+    assert (device.layer_start, device.layer_stop) == (0, MODEL.num_layers)
+    assert device.kv_blocks == 4 * 1024 // 16 + 1  # every sequence at full context, and the null block
+
+
+def test_kv_takes_its_share_of_what_a_resident_model_leaves() -> None:
+    manifest = llama(context=1 << 20)
+    plan = plan_weights(manifest, CPU_NODE, RATES, configuration(device_mb=100))
+    (device,) = plan.devices
+    rest = device.budget_bytes - device.resident_bytes - device.activation_bytes
+    assert set(plan.tier_of.values()) == {Tier.DEVICE}
+    assert 0.55 * rest < device.kv_bytes < 0.65 * rest
+
+
+def test_the_model_stays_resident_down_to_the_last_byte() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration())
+    demand = kv_demand(MODEL, configuration(), 4, None)
+    needed = MODEL.nbytes + plan.devices[0].activation_bytes + demand.expected * demand.block_bytes
+    tight = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=needed / MIB))
+    assert set(tight.tier_of.values()) == {Tier.DEVICE}
+    assert tight.devices[0].kv_blocks == demand.expected
+    less = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=needed / MIB - 0.1))
+    assert less.tier_of[MODEL.embedding] is Tier.NVME
+    assert less.nvme_bytes == MODEL.by_name[MODEL.embedding].nbytes
+    assert (less.streamed_bytes, less.devices[0].ring_bytes) == (0, 0)  # rows only, nothing streams
+
+
+def test_the_disk_part_is_spread_evenly_and_gets_a_ring() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=12))
+    (device,) = plan.devices
+    per_layer = streamed_per_layer(MODEL, plan)
+    largest = max(p.nbytes for p in MODEL.layer_parameters(0))
+    assert min(per_layer) > 0
+    assert all(abs(n - sum(per_layer) / len(per_layer)) < largest for n in per_layer)
+    assert device.ring_bytes >= 2 * max(per_layer)
+    assert device.window >= 1
+    free = device.budget_bytes - device.resident_bytes - device.ring_bytes - device.kv_bytes - device.activation_bytes
+    assert 0 <= free < 2 * largest
+    assert plan.tier_of[MODEL.embedding] is Tier.NVME  # the cheapest to leave on disk
+    assert plan.nvme_bytes + device.resident_bytes == MODEL.nbytes
+
+
+def test_everything_streams_when_next_to_nothing_fits() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=6.5))
+    (device,) = plan.devices
+    assert plan.tier_of[MODEL.head] is Tier.NVME
+    assert 1 <= device.head_chunk_rows < MODEL.vocab_size
+    norms = {p.name for p in MODEL.parameters if len(p.shape) == 1}
+    assert all(plan.tier_of[name] is Tier.DEVICE for name in norms)
+    assert [p.name for p in plan.placements] == [p.name for p in MODEL.parameters]
+
+
+def test_a_smaller_budget_never_predicts_a_faster_step() -> None:
+    steps = [
+        plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=mb)).predictions[0].seconds
+        for mb in (7, 9, 11, 13, 15, 17, 19, 25)
+    ]
+    assert all(slow >= fast * 0.999 for slow, fast in pairwise(steps))
+
+
+def test_a_tied_pair_is_one_copy() -> None:
+    manifest = llama(tied=True)
+    plan = plan_weights(manifest, CPU_NODE, RATES, configuration(device_mb=6.5))
+    assert len(plan.placements) == len(manifest.parameters)
+    assert plan.tier_of[manifest.embedding] is Tier.NVME
+    assert plan.devices[0].head_chunk_rows > 0
+    assert plan.streamed_bytes == plan.nvme_bytes  # as the head all of it streams
+
+
+def test_host_memory_on_a_cpu_is_used_in_place() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=12, host_mb=100))
+    assert plan.nvme_bytes == 0
+    assert plan.host_bytes + plan.devices[0].resident_bytes == MODEL.nbytes
+    assert plan.devices[0].ring_bytes == 0
+    assert plan.predictions[0].io_seconds == 0
+
+
+def test_what_the_host_cannot_hold_goes_to_disk() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=8, host_mb=4))
+    assert 0 < plan.host_bytes <= 4 * MIB
+    assert plan.nvme_bytes > 0
+    without = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=8))
+    assert plan.streamed_bytes < without.streamed_bytes
+
+
+def test_on_a_gpu_host_parameters_go_through_the_ring() -> None:
+    node = replace(GPU_NODE, gpus=(GPU(0, "small", GIB, GIB), GPU(1, "other", GIB, GIB)))
+    plan = plan_weights(MODEL, node, GPU_RATES, configuration(device_mb=12, host_mb=None))
+    assert plan.devices[0].kind == "cuda"
+    assert plan.nvme_bytes == 0 < plan.host_bytes
+    assert plan.devices[0].ring_bytes > 0
+    assert plan.predictions[0].io_seconds > 0
+    assert any("1 of 2 GPUs" in warning for warning in plan.warnings)
+
+
+def test_parameters_that_are_cast_stay_resident() -> None:
+    manifest = llama(dtype="float32")
+    plan = plan_weights(manifest, CPU_NODE, RATES, configuration(device_mb=30))
+    assert set(plan.tier_of.values()) == {Tier.DEVICE}
+    assert plan.devices[0].resident_bytes == manifest.nbytes // 2
+    assert any("cast" in warning for warning in plan.warnings)
+    with pytest.raises(BudgetError, match="a checkpoint saved in bfloat16"):
+        plan_weights(manifest, CPU_NODE, RATES, configuration(device_mb=12))
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def rules(*items: tuple[str, str, int]) -> dict[str, object]:
+    return {"rules": [{"pattern": pattern, "tier": tier, "priority": priority} for pattern, tier, priority in items]}
+
+
+def test_a_rule_offloads_a_model_that_fits_and_says_what_it_costs() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(placement=rules(("MLP", "nvme", 1))))
+    for p in plan.placements:
+        assert p.tier is (Tier.NVME if ".mlp." in p.name else Tier.DEVICE)
+        assert p.reason == "rule 'MLP'" or p.tier is Tier.DEVICE
+    assert plan.devices[0].ring_bytes > 0
+    costs = [warning for warning in plan.warnings if "the model fits" in warning]
+    assert len(costs) == 1
+    numbers = [float(n) for n in re.findall(r"([\d.]+) ms", costs[0])]
+    assert numbers[0] > numbers[1]
+
+
+def test_the_lowest_priority_wins_and_regular_expressions_work() -> None:
+    placement = rules(("mlp", "nvme", 50), (r"re:layers\.[0-3]\..*down_proj", "device", 1))
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(placement=placement))
+    for layer in range(8):
+        down = plan.tier_of[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert down is (Tier.DEVICE if layer < 4 else Tier.NVME)
+        assert plan.tier_of[f"model.layers.{layer}.mlp.up_proj.weight"] is Tier.NVME
+
+
+def test_a_rule_whose_tier_is_full_falls_through_with_the_reason() -> None:
+    placement = rules(("mlp", "host", 1), ("mlp", "nvme", 2))
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=40, host_mb=3, placement=placement))
+    tiers = [plan.tier_of[f"model.layers.{i}.mlp.{m}_proj.weight"] for i in range(8) for m in ("gate", "up", "down")]
+    assert tiers.count(Tier.HOST) == 8  # 3 MB of 0.375 MB each
+    assert tiers.count(Tier.NVME) == 16
+    fell = [p.reason for p in plan.placements if "after" in p.reason]
+    assert len(fell) == 16
+    assert fell[0] == "rule 'mlp' after rule 'mlp': host is full"
+    assert any("16 parameters (6 MB) fell through" in warning for warning in plan.warnings)
+
+
+def test_a_rule_for_the_device_is_obeyed_before_the_default() -> None:
+    placement = rules(("self_attn", "device", 1))
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=12, placement=placement))
+    assert all(p.tier is Tier.DEVICE for p in plan.placements if "self_attn" in p.name)
+    assert plan.nvme_bytes > 0
+
+
+def test_more_than_fits_on_the_device_by_rule() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=12, placement=rules(("layers", "device", 1))))
+    assert plan.nvme_bytes > 0
+    assert any("fell through" in warning for warning in plan.warnings)
+
+
+def test_rules_do_not_move_norms_and_unused_rules_are_reported() -> None:
+    placement = rules(("layers.2.", "nvme", 1), ("experts", "nvme", 2))
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(placement=placement))
+    norm = next(p for p in plan.placements if p.name == "model.layers.2.input_layernorm.weight")
+    assert norm.tier is Tier.DEVICE
+    assert "does not apply" in norm.reason
+    assert any("'experts' matches no parameter" in warning for warning in plan.warnings)
+
+
+def test_a_rule_finds_a_tied_head_by_its_other_name() -> None:
+    manifest = llama(tied=True)
+    plan = plan_weights(manifest, CPU_NODE, RATES, configuration(placement=rules(("lm_head", "nvme", 1))))
+    assert plan.tier_of[manifest.embedding] is Tier.NVME
+    assert plan.devices[0].head_chunk_rows > 0
+
+
+# --- KV --------------------------------------------------------------------------------------------------------------
+
+
+def test_kv_is_reduced_to_its_floor_before_the_model_is_refused() -> None:
+    config = configuration(device_mb=10, kv={"expected_sequences": 64, "expected_context": 512})
+    plan = plan_weights(MODEL, CPU_NODE, RATES, config, max_num_seqs=64)
+    (device,) = plan.devices
+    assert 512 // 16 + 1 <= device.kv_blocks < 64 * 512 // 16
+    assert any("KV holds" in warning for warning in plan.warnings)
+
+
+def test_a_model_that_just_fits_is_not_streamed_for_kv_that_does_not_fit_anyway() -> None:
+    config = configuration(device_mb=24, kv={"expected_sequences": 64, "expected_context": 512})
+    plan = plan_weights(MODEL, CPU_NODE, replace(RATES, disk_read_bytes_per_s=1e8), config, max_num_seqs=64)
+    assert plan.streamed_bytes == 0
+    assert any("KV holds" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize(("config_cap", "model_cap", "expected"), [(10, None, 10), (None, 7, 7), (10, 7, 7)])
+def test_block_caps(config_cap: int | None, model_cap: int | None, expected: int) -> None:
+    config = configuration(kv={"max_blocks": config_cap})
+    plan = plan_weights(MODEL, CPU_NODE, RATES, config, kv_total_blocks=model_cap)
+    assert plan.devices[0].kv_blocks == expected
+
+
+def test_the_window_can_be_chosen() -> None:
+    chosen = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=13, prefetch={"window": 5}))
+    assert chosen.devices[0].window == 5
+    reduced = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=7, prefetch={"window": 5}))
+    assert reduced.devices[0].window < 5
+    assert any("prefetch.window is 5" in warning for warning in reduced.warnings)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_names_a_device_budget_that_works() -> None:
+    with pytest.raises(BudgetError, match=r"raise tiers\.device\.max_mb to (\d+)") as refusal:
+        plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=3))
+    assert "device 3.0 MB" in str(refusal.value)
+    match = re.search(r"max_mb to (\d+)", str(refusal.value))
+    assert match is not None
+    needed = int(match[1])
+    plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=needed))
+    with pytest.raises(BudgetError):
+        plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=needed - 1))
+
+
+def test_a_refusal_names_a_context_that_works() -> None:
+    long = {"expected_sequences": 1, "expected_context": 1024}
+    with pytest.raises(BudgetError, match=r"lower kv\.expected_context to (\d+)") as refusal:
+        plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=7, kv=long))
+    match = re.search(r"expected_context to (\d+)", str(refusal.value))
+    assert match is not None
+    plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=7, kv={**long, "expected_context": int(match[1])}))
+
+
+def test_a_refusal_without_disk_asks_for_it() -> None:
+    with pytest.raises(BudgetError, match=r"tiers\.nvme\.enabled to true"):
+        plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=12, nvme={"enabled": False}))
+
+
+def test_a_refusal_with_too_little_disk_names_how_much() -> None:
+    with pytest.raises(BudgetError, match=r"raise tiers\.nvme\.max_gb to") as refusal:
+        plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=8, nvme={"max_gb": 0.001}))
+    match = re.search(r"max_gb to ([\d.]+)", str(refusal.value))
+    assert match is not None
+    plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=8, nvme={"max_gb": float(match[1].rstrip("."))}))
+
+
+def test_a_machine_without_memory_is_told_to_free_some() -> None:
+    with pytest.raises(BudgetError, match="free .* more memory"):
+        plan_weights(MODEL, replace(CPU_NODE, ram_available=GIB), RATES, configuration())
+
+
+def test_seventy_billion_parameters_on_one_gpu() -> None:
+    manifest = llama(layers=80, hidden=8192, intermediate=28672, vocab=128256, heads=64, kv_heads=8, context=131072)
+    plan = plan_weights(manifest, GPU_NODE, GPU_RATES, configuration(host_mb=None))
+    (device,) = plan.devices
+    assert 60 * GIB < device.resident_bytes < 72 * GIB
+    assert plan.nvme_bytes == 0
+    assert device.resident_bytes + plan.host_bytes == manifest.nbytes
+    # The bus is the bottleneck, and it is used all the time.
+    layers_off = sum(
+        p.nbytes for p in manifest.parameters if p.role is not Role.EMBEDDING and plan.tier_of[p.name] is Tier.HOST
+    )
+    assert plan.predictions[0].seconds == pytest.approx(layers_off / 24e9, rel=0.01)
+    assert sum(resident_nbytes(p, manifest) for p in manifest.parameters) == manifest.nbytes

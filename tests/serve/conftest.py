@@ -1,0 +1,59 @@
+"""An HTTP front over a real engine whose model repeats its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from openai import AsyncOpenAI
+
+from raytier.config import Scheduler
+from raytier.engine.tokenizer import Tokenizer
+from raytier.serve.http import build_api
+from tests.serve.helpers import Served, make_tokenizer
+
+MakeServed = Callable[..., Served]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def make_served(tokenizer: Tokenizer) -> Iterator[MakeServed]:
+    """Engines with other limits; closed after the test."""
+    made: list[Served] = []
+
+    def make(*, max_queue: int = 64, max_num_seqs: int = 32, blocks: int = 4096, max_context: int = 4096) -> Served:
+        scheduler = Scheduler(max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_queue=max_queue)
+        made.append(Served(tokenizer, scheduler, blocks, max_context))
+        return made[-1]
+
+    yield make
+    for served in made:
+        served.close()
+
+
+@pytest.fixture
+def served(make_served: MakeServed) -> Served:
+    return make_served()
+
+
+@pytest.fixture
+def app(served: Served) -> FastAPI:
+    return build_api(served)
+
+
+@pytest.fixture
+async def http(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://raytier", timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+async def client(http: httpx.AsyncClient) -> AsyncOpenAI:
+    return AsyncOpenAI(api_key="none", base_url="http://raytier/v1", http_client=http, max_retries=0)
