@@ -29,8 +29,7 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = parse_config(args)
     description, resources = prepare(config)
-    deployment: serve.Deployment = serve.deployment(
-        serve.ingress()(LLMServer),
+    deployment = serve.deployment(
         name="LLMServer",
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
@@ -40,5 +39,5 @@ def build_app(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=20,
         health_check_period_s=5,
         health_check_timeout_s=30,
-    )
+    )(serve.ingress()(LLMServer))
     return deployment.bind(config, description, resources)

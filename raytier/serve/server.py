@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -21,7 +21,8 @@ from raytier.engine.engine import Engine
 from raytier.engine.outputs import OutputDelta
 from raytier.errors import EngineDeadError, ModelNotFoundError
 from raytier.planner.plan import ResourcePlan
-from raytier.serve.generate import ChatInput, GenerateResult, Generation, TextInput, prepare
+from raytier.serve import generate
+from raytier.serve.generate import GenerateResult
 from raytier.serve.http import build_api
 
 logger = logging.getLogger(__name__)
@@ -76,13 +77,7 @@ class LLMServer:
         Raises:
             InvalidRequestError, ModelNotFoundError, QueueFullError, EngineDeadError: as over HTTP.
         """
-        return await self._whole(model, TextInput(prompt, sampling))
-
-    async def chat(
-        self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
-    ) -> GenerateResult:
-        """Continue a conversation of `{"role": ..., "content": ...}`; otherwise as `generate`."""
-        return await self._whole(model, ChatInput(messages, sampling))
+        return await generate.generate(self.engine(model), prompt, **sampling)
 
     async def generate_stream(
         self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any
@@ -91,22 +86,23 @@ class LLMServer:
 
         A reader that goes away ends the request.
         """
-        async with self._generation(model, TextInput(prompt, sampling)) as generation:
-            async for _, delta in generation:
+        async with aclosing(generate.generate_stream(self.engine(model), prompt, **sampling)) as deltas:
+            async for delta in deltas:
                 yield delta
 
-    async def _whole(self, model: str | None, request: ChatInput | TextInput) -> GenerateResult:
-        async with self._generation(model, request) as generation:
-            return (await generation.results())[0]
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
+    ) -> GenerateResult:
+        """Continue a conversation of `{"role": ..., "content": ...}`; otherwise as `generate`."""
+        return await generate.chat(self.engine(model), messages, **sampling)
 
-    @asynccontextmanager
-    async def _generation(self, model: str | None, request: ChatInput | TextInput) -> AsyncIterator[Generation]:
-        engine = self.engine(model)
-        generation = await Generation.start(engine, await prepare(engine, [request]))
-        try:
-            yield generation
-        finally:
-            await generation.aclose()
+    async def chat_stream(
+        self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
+    ) -> AsyncIterator[OutputDelta]:
+        """As `chat`, while it happens."""
+        async with aclosing(generate.chat_stream(self.engine(model), messages, **sampling)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def status(self) -> GroupStatus:
         """What every actor holds and has done."""

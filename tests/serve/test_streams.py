@@ -176,7 +176,7 @@ async def test_a_slow_reader_gets_merged_events(app: FastAPI, served: Served) ->
     await exchange.task
     chunks = events(exchange.body)[:-1]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == LONG
-    assert len(chunks) == 2
+    assert len(chunks) < 10, "one event per token would be 180"
 
 
 async def test_a_refused_batch_leaves_nothing(make_served: Callable[..., Served]) -> None:

@@ -1,0 +1,179 @@
+"""`raytier plan MODEL`: where everything would live and how fast it would be, before anything is loaded (spec C5)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from raytier.cli.render import render_plan
+from raytier.config import AppConfig, parse_config
+from raytier.errors import ConfigurationError, RaytierError
+from raytier.hardware.inventory import take_inventory
+from raytier.hardware.machine import Machine
+from raytier.hardware.rates import default_rates
+from raytier.planner.budgets import Budgets, DeviceKind, node_budgets, resolve_kind
+from raytier.planner.placement import plan_weights
+from raytier.planner.plan import ResourcePlan, WeightPlan
+from raytier.planner.resources import plan_resources
+
+if TYPE_CHECKING:
+    from raytier.checkpoint.manifest import ModelManifest
+
+_DEMO = "builtin:demo"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and everything that it was made from."""
+
+    manifest: ModelManifest
+    machine: Machine
+    config: AppConfig
+    kind: DeviceKind
+    budgets: Budgets
+    weights: WeightPlan
+    resources: ResourcePlan
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="Model directory, builtin:demo, or a model_id of --config. A config.json is enough.")
+    ],
+    machine: Annotated[Path | None, typer.Option(help="Plan for the machine described in this JSON file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Serve YAML; the args of its first application count.")] = None,
+    device_mb: Annotated[float | None, typer.Option(help="Cap of the device budget (tiers.device.max_mb).")] = None,
+    host_mb: Annotated[float | None, typer.Option(help="Cap of the host pool (tiers.host.max_mb).")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again, ignore the cache.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show where every parameter would live and how fast the model would run, without loading it."""
+    errors = Console(stderr=True, highlight=False)
+    try:
+        with errors.status(f"Planning {escape(model)}"):
+            planned = _plan(model, machine, config, device_mb, host_mb, measure)
+    except RaytierError as error:
+        errors.print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(_as_dict(planned), indent=2))
+    else:
+        render_plan(Console(highlight=False), planned.manifest, planned.machine, planned.budgets, planned.weights)
+
+
+def _plan(
+    model: str,
+    machine_file: Path | None,
+    config_file: Path | None,
+    device_mb: float | None,
+    host_mb: float | None,
+    measure: bool,
+) -> Planned:
+    config = _config(model, config_file, device_mb, host_mb)
+    directory = config.model.directory()
+    if not os.path.isdir(directory):
+        raise ConfigurationError(f"{directory} is not a directory: give a model directory or {_DEMO}")
+    manifest, max_num_seqs, kv_total_blocks = _describe(directory)
+    if machine_file is not None:
+        machine = Machine.from_json(_read(machine_file))
+        kind = resolve_kind(machine.inventory, config)
+        rates = machine.rates_for(kind)
+    else:
+        inventory = take_inventory([directory])
+        kind = resolve_kind(inventory, config)
+        rates = default_rates(kind)
+        if manifest.files:
+            from raytier.execution.rates import node_rates
+
+            largest = max(manifest.files, key=lambda file: file.size).path
+            threads = inventory.cpus if isinstance(config.compute.threads, str) else config.compute.threads
+            rates = node_rates(
+                largest,
+                dtype=manifest.compute_dtype,
+                threads=threads,
+                cache_dir=config.cache_dir,
+                kind=kind,
+                refresh=measure,
+            )
+        machine = Machine(inventory)
+    machine = Machine(machine.inventory, rates)
+    weights = plan_weights(
+        manifest,
+        machine.inventory,
+        rates,
+        config,
+        kind=kind,
+        max_num_seqs=max_num_seqs,
+        kv_total_blocks=kv_total_blocks,
+    )
+    budgets = node_budgets(machine.inventory, config, kind)
+    return Planned(manifest, machine, config, kind, budgets, weights, plan_resources(weights, machine.inventory))
+
+
+def _config(model: str, file: Path | None, device_mb: float | None, host_mb: float | None) -> AppConfig:
+    """The file's configuration (or the defaults) for `model`, with the command line's caps."""
+    args: dict[str, Any] = _application_args(file) if file is not None else {}
+    named = [m for m in args.get("models") or [] if isinstance(m, dict) and m.get("model_id") == model]
+    path = model if model == _DEMO else os.path.abspath(model)
+    args["models"] = named or [{"model_id": os.path.basename(path.rstrip("/")) or "model", "source_path": path}]
+    args.pop("startup_model", None)
+    for tier, megabytes in (("device", device_mb), ("host", host_mb)):
+        if megabytes is not None:
+            tiers = dict(args.get("tiers") or {})
+            tiers[tier] = {**(tiers.get(tier) or {}), "max_mb": megabytes}
+            args["tiers"] = tiers
+    return parse_config(args)
+
+
+def _application_args(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(_read(file))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file} is not YAML: {error}") from None
+    try:
+        return dict(content["applications"][0].get("args") or {})
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ConfigurationError(f"{file} is no Serve configuration: it has no applications[0].args") from None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}") from None
+
+
+def _describe(directory: str) -> tuple[ModelManifest, int | None, int | None]:
+    """Manifest, and the model's own wishes for sequences and KV blocks. Imports torch and transformers."""
+    from raytier.checkpoint.describe import describe_config, describe_model
+
+    weights = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
+    if any(name.endswith(weights) for name in os.listdir(directory)):
+        description = describe_model(directory)
+        return description.manifest, description.max_num_seqs, description.kv_total_blocks
+    return describe_config(directory), None, None
+
+
+def _as_dict(planned: Planned) -> dict[str, Any]:
+    weights = asdict(planned.weights)
+    for prediction, record in zip(planned.weights.predictions, weights["predictions"], strict=True):
+        record["tokens_per_second"] = prediction.tokens_per_second
+    return {
+        "model": {
+            "directory": planned.manifest.model_dir,
+            "architecture": planned.manifest.architecture,
+            "nbytes": planned.manifest.nbytes,
+            "compute_dtype": planned.manifest.compute_dtype,
+        },
+        "machine": asdict(planned.machine),
+        "budgets": asdict(planned.budgets),
+        "plan": weights,
+        "resources": asdict(planned.resources),
+    }
