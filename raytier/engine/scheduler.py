@@ -1,0 +1,300 @@
+"""What runs next: continuous batching with chunked prefill, first come first served. Pure: ids and lengths only.
+
+`schedule` makes a step, `apply` takes its result; between the two the step is *in flight* and its blocks
+are being written. Every running sequence holds the blocks of all its known tokens from its admission on (one
+allocation, so a prompt lies in few runs); later it needs a block only when decoding crosses a block border.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from raytier.engine.sequence import FinishReason, Sequence, Status
+from raytier.engine.step import SequenceChunk, StepBatch, StepResult
+from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from raytier.kv.block_pool import BlockPool
+from raytier.kv.ledger import LedgerDelta, SequenceDelta
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """max_num_seqs: sequences that run at once; max_num_batched_tokens: tokens of a step;
+    max_queue: sequences that may wait; max_context: longest sequence in tokens."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queue: int
+    max_context: int
+
+
+class Scheduler:
+    """Decides which tokens of which sequences a step carries, and owns the block tables.
+
+    Order within a step: running decodes, running prefills (chunked by what is left of the budget), then
+    waiting sequences. When blocks run out the latest running sequence is preempted: its blocks come back
+    and it is recomputed later, from the front of the queue.
+
+    Invariants: `running` and then `waiting` are in order of arrival; no block is in two block tables; a step
+    carries at most max_num_batched_tokens tokens; at most max_num_seqs sequences run.
+    Progress: the oldest running sequence can always preempt the others, and `add` refuses what does not
+    fit alone, so it finishes; then the next one is the oldest.
+    """
+
+    def __init__(self, model_id: str, pool: BlockPool, limits: SchedulerLimits, *, epoch: int = 0) -> None:
+        self._model_id = model_id
+        self._pool = pool
+        self._limits = limits
+        self._epoch = epoch
+        self._step = 0
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._in_flight: dict[int, tuple[Sequence, SequenceChunk]] = {}
+        self._changes: dict[int, tuple[set[int], set[int]]] = {}  # sequence -> blocks (gained, lost)
+        self._allocations = 0
+        self._failures = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Its `max_tokens` is the length at which it will finish.
+
+        Raises:
+            InvalidRequestError: it could never run, with the numbers.
+            QueueFullError: max_queue sequences wait already.
+        """
+        self._check_fits(sequence)
+        if len(self._waiting) >= self._limits.max_queue:
+            raise QueueFullError(
+                f"the request queue is full: {len(self._waiting)} waiting (scheduler.max_queue), "
+                f"{len(self._running)} running; retry later"
+            )
+        self._waiting.append(sequence)
+
+    def schedule(self) -> StepBatch | None:
+        """The next step, now in flight; None when nothing can run (only when nothing waits or runs).
+
+        Raises:
+            RuntimeError: the last step's result has not been applied.
+        """
+        if self._in_flight:
+            raise RuntimeError(f"step {self._step} is in flight: apply its result first")
+        planned, budget, preempted = self._plan_running()
+        if preempted and not planned:
+            return self.schedule()  # fewer run now, so this ends
+        if not preempted:
+            planned += self._admit(budget)
+        if not planned:
+            return None
+        self._step += 1
+        chunks = []
+        for sequence, count in planned:
+            start, known = sequence.num_computed, len(sequence.tokens)
+            tokens = tuple(sequence.tokens[start : start + count])
+            draw = sequence.next_draw() if start + count == known else None
+            chunk = SequenceChunk(sequence.seq_id, tokens, start, tuple(sequence.block_table), draw)
+            self._in_flight[sequence.seq_id] = (sequence, chunk)
+            chunks.append(chunk)
+        return StepBatch(self._model_id, self._epoch, self._step, tuple(chunks))
+
+    def apply(self, result: StepResult) -> list[tuple[Sequence, int]]:
+        """Take the result of the step in flight: (sequence, new token) for each token drawn.
+
+        A sequence that reached a stop token or its length is finished when this returns. Sequences
+        aborted while the step ran are dropped here, their blocks freed now.
+
+        Raises:
+            EngineDeadError: the result is not that of the step in flight, or a token is missing.
+        """
+        if not self._in_flight or result.step != self._step:
+            raise EngineDeadError(f"result of step {result.step}, but step {self._step} was expected")
+        missing = [s for s, (_, c) in self._in_flight.items() if c.sample is not None and s not in result.tokens]
+        if missing:
+            raise EngineDeadError(f"step {result.step} returned no token for sequences {missing}")
+        drawn = []
+        in_flight, self._in_flight = self._in_flight, {}
+        for sequence, chunk in in_flight.values():
+            if sequence.finished:
+                self._release(sequence)
+                continue
+            sequence.num_computed += len(chunk.token_ids)
+            if chunk.sample is None:
+                continue
+            token = result.tokens[sequence.seq_id]
+            sequence.tokens.append(token)
+            drawn.append((sequence, token))
+            if token in sequence.stop_ids:
+                self.finish(sequence, FinishReason.STOP)
+            elif len(sequence.tokens) >= sequence.max_tokens:
+                self.finish(sequence, FinishReason.LENGTH)
+        return drawn
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> bool:
+        """End a sequence in any state; False when it had ended before.
+
+        Its blocks are freed at once, unless a step in flight writes to them: then `apply` frees them,
+        so that no other sequence gets a block that is still being written.
+        """
+        if sequence.finished:
+            return False
+        if sequence.status is Status.RUNNING:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        if sequence.seq_id not in self._in_flight:
+            self._release(sequence)
+        return True
+
+    def drop_in_flight(self) -> None:
+        """The executor is gone and will not write any more: end the step in flight without a result."""
+        in_flight, self._in_flight = self._in_flight, {}
+        for sequence, _ in in_flight.values():
+            if sequence.finished:
+                self._release(sequence)
+
+    def take_delta(self) -> LedgerDelta:
+        """What changed in the block tables since the last call."""
+        delta = LedgerDelta(
+            tuple(
+                SequenceDelta(seq_id, tuple(sorted(gained)), tuple(sorted(lost)))
+                for seq_id, (gained, lost) in self._changes.items()
+                if gained or lost
+            ),
+            self._allocations,
+            self._failures,
+        )
+        self._changes = {}
+        self._allocations = self._failures = 0
+        return delta
+
+    def check_integrity(self) -> None:
+        """Assert the invariants, between steps.
+
+        Raises:
+            AssertionError: the bookkeeping is wrong; the message says where.
+        """
+        self._pool.check_integrity()
+        held = [block for sequence in self._running for block in sequence.block_table]
+        if len(set(held)) != len(held) or len(held) != self._pool.num_used:
+            raise AssertionError(f"{len(held)} blocks in tables, {len(set(held))} distinct, {self._pool.num_used} used")
+        for queue, status in ((self._running, Status.RUNNING), (self._waiting, Status.WAITING)):
+            for sequence in queue:
+                sequence.check(self._pool.block_size)
+                if sequence.status is not status:
+                    raise AssertionError(
+                        f"sequence {sequence.seq_id} is {sequence.status.value} in the {status.value} queue"
+                    )
+        order = [sequence.seq_id for sequence in (*self._running, *self._waiting)]
+        if order != sorted(order):
+            raise AssertionError(f"not in order of arrival: {order}")
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        prompt, longest = sequence.prompt_len, sequence.max_tokens
+        if prompt >= self._limits.max_context:
+            raise InvalidRequestError(
+                f"the prompt has {prompt} tokens and leaves no room to generate: the context is "
+                f"{self._limits.max_context} tokens; shorten it by at least {prompt - self._limits.max_context + 1}",
+                param="prompt",
+            )
+        # The KV of the last token is never needed.
+        needed, available = self._pool.blocks_for(longest - 1), self._pool.num_blocks
+        if needed > available:
+            room = available * self._pool.block_size + 1 - prompt
+            fix = f"lower max_tokens to at most {room}" if room > 0 else f"shorten the prompt by {1 - room} tokens"
+            raise InvalidRequestError(
+                f"{prompt} prompt tokens and {longest - prompt} to generate need {needed} KV blocks of "
+                f"{self._pool.block_size} tokens, there are {available}: {fix}, or give the KV cache more memory",
+                param="max_tokens" if room > 0 else "prompt",
+            )
+
+    def _plan_running(self) -> tuple[list[tuple[Sequence, int]], int, bool]:
+        """(sequence, tokens) of the running ones, budget left, whether any was preempted.
+
+        One token of budget is set aside for every decode first, so that a long prompt delays nobody; the
+        blocks are taken in order of arrival, so that a victim is never one that is already planned.
+        """
+        budget = self._limits.max_num_batched_tokens
+        decodes = min(budget, sum(1 for s in self._running if s.remaining == 1))
+        prefill = budget - decodes
+        planned: list[tuple[Sequence, int]] = []
+        preempted = False
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            index += 1
+            if sequence.remaining == 1:
+                count = min(1, decodes)
+                decodes -= count
+            else:
+                count = min(sequence.remaining, prefill)
+                prefill -= count
+            if not count:
+                continue
+            while not self._grow(sequence):
+                preempted = True
+                victim = self._running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    return planned, 0, True
+            planned.append((sequence, count))
+        return planned, decodes + prefill, preempted
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a sequence the blocks of all its known tokens; False when there are not enough."""
+        missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        if not self._pool.can_allocate(missing):
+            self._failures += 1
+            return False
+        gained, _ = self._changes.setdefault(sequence.seq_id, (set(), set()))
+        gained.update(self._pool.extend(sequence.block_table, missing))
+        self._allocations += missing
+        return True
+
+    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Start waiting sequences in order while budget, places and blocks last."""
+        planned = []
+        while budget and self._waiting and len(self._running) < self._limits.max_num_seqs:
+            sequence = self._waiting[0]
+            # A block in reserve for each running sequence, or the newcomer would soon be preempted by their growth.
+            needed = self._pool.blocks_for(len(sequence.tokens)) + len(self._running)
+            if (self._running and not self._pool.can_allocate(needed)) or not self._grow(sequence):
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.status = Status.RUNNING
+            count = min(sequence.remaining, budget)
+            budget -= count
+            planned.append((sequence, count))
+        return planned
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.status = Status.WAITING
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give all blocks of a sequence back, exactly once."""
+        blocks, sequence.block_table = sequence.block_table, []
+        self._pool.free(blocks)
+        gained, lost = self._changes.setdefault(sequence.seq_id, (set(), set()))
+        for block in blocks:  # what came and went between two reports is not reported
+            (gained.discard if block in gained else lost.add)(block)

@@ -1,0 +1,164 @@
+"""What the planner tells the user: warnings of a plan, and why a model does not fit (spec A4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+
+from raytier.config import MIB
+from raytier.planner.budgets import GIB, UNLIMITED
+from raytier.planner.case import Case
+from raytier.planner.cost import describe_sweep, predict_step
+from raytier.planner.plan import Tier
+from raytier.planner.rules import RuleResult
+from raytier.planner.sizing import Ring
+from raytier.planner.solver import Capacity, Depth, Solution, Solver
+
+_SMALLEST_RING = (Depth(1),)
+
+
+def plan_warnings(case: Case, rules: RuleResult, solution: Solution, kv_blocks: int) -> tuple[str, ...]:
+    """What the user should know about this plan."""
+    checks = (
+        *rules.warnings,
+        _needless_rules(case, rules, solution),
+        _streamed_for_kv(case, solution),
+        _less_kv(case, kv_blocks),
+        _less_window(case, solution),
+        _cast(case),
+        _unused_gpus(case),
+        "the rates of this machine are assumed, not measured: predictions are rough"
+        if case.rates.source == "assumed"
+        else None,
+    )
+    return tuple(text for text in checks if text)
+
+
+def _needless_rules(case: Case, rules: RuleResult, solution: Solution) -> str | None:
+    """A model that fits is offloaded only by the user's own rule: obeyed, with the price named."""
+    moved = sum(case.manifest.by_name[name].nbytes for name, tier in rules.tiers.items() if tier is not Tier.DEVICE)
+    if not moved or case.weight_bytes + case.activation_bytes + case.expected_kv_bytes > case.capacity.device:
+        return None
+    resident = dict.fromkeys(solution.tiers, Tier.DEVICE)
+    actual, ideal = (
+        predict_step(describe_sweep(case.manifest, tiers, case.kind, ring), case.rates, 1).seconds * 1e3
+        for tiers, ring in ((solution.tiers, solution.ring), (resident, Ring()))
+    )
+    return (
+        f"the model fits on the device, but placement rules keep {_mb(moved)} off it: predicted decode step at batch 1 "
+        f"is {actual:.1f} ms instead of {ideal:.1f} ms"
+    )
+
+
+def _streamed_for_kv(case: Case, solution: Solution) -> str | None:
+    free = case.capacity.device - case.weight_bytes - case.activation_bytes
+    if not solution.lowered or not solution.ring.units or free < case.floor_kv_bytes:
+        return None
+    tokens = (free // case.demand.block_bytes - 1) * case.demand.block_size
+    return (
+        f"the weights would fit on the device beside {tokens} tokens of KV; part of them is streamed because "
+        f"{case.demand.sequences} sequences of {case.demand.context} tokens are expected (kv.expected_sequences, "
+        "kv.expected_context)"
+    )
+
+
+def _less_kv(case: Case, kv_blocks: int) -> str | None:
+    if kv_blocks >= case.demand.expected:
+        return None
+    size = case.demand.block_size
+    return (
+        f"KV holds {(kv_blocks - 1) * size} tokens instead of the expected {(case.demand.expected - 1) * size}: the "
+        f"device budget of {_mb(case.capacity.device)} leaves no more"
+    )
+
+
+def _less_window(case: Case, solution: Solution) -> str | None:
+    wish = case.config.prefetch.window
+    if isinstance(wish, str) or not solution.ring.units or solution.depth.layers >= wish:
+        return None
+    return f"prefetch.window is {wish}, the device budget has room for {solution.ring.window}"
+
+
+def _cast(case: Case) -> str | None:
+    if case.cast_bytes <= case.weight_bytes // 10:
+        return None
+    return (
+        f"{_mb(case.cast_bytes)} are stored in another dtype than {case.manifest.compute_dtype}: they are cast when "
+        "loaded and cannot be streamed from the checkpoint"
+    )
+
+
+def _unused_gpus(case: Case) -> str | None:
+    count = len(case.inventory.gpus)
+    if case.kind != "cuda" or count < 2:
+        return None
+    return f"{count - 1} of {count} GPUs are not used by this version"
+
+
+def explain_refusal(case: Case, solver: Solver) -> str:
+    """Message of a BudgetError: needed, available, what to change. Called only when nothing fits."""
+    capacity, demand, config = case.capacity, case.demand, case.config
+
+    def fits(device: int, nvme: int, blocks: int) -> bool:
+        tried = Capacity(device, capacity.host, nvme)
+        return solver.best(tried, blocks * demand.block_bytes, _SMALLEST_RING) is not None
+
+    always, total, floor_kv, activations = (
+        case.resident_bytes,
+        case.weight_bytes,
+        case.floor_kv_bytes,
+        case.activation_bytes,
+    )
+    everything = 3 * (total + activations + floor_kv) + capacity.device  # room for any ring as well
+    needed = _smallest(lambda n: fits(n, capacity.nvme, demand.floor), capacity.device, everything)
+    lines = [
+        f"{case.manifest.model_dir or case.manifest.architecture} does not fit: its weights have {_mb(total)}, the "
+        f"budgets are device {_mb(capacity.device)}, host {_mb(capacity.host)}, nvme "
+        f"{'unlimited' if capacity.nvme >= UNLIMITED else _mb(capacity.nvme)}.",
+        f"Needed on the device: {_mb(needed)} = always resident {_mb(always)} + activations {_mb(activations)} + KV "
+        f"{_mb(floor_kv)} (one sequence of {(demand.floor - 1) * demand.block_size} tokens) + ring and weights that no "
+        f"other tier holds {_mb(max(0, needed - always - activations - floor_kv))}.",
+    ]
+    if case.cast_bytes > always // 2:
+        lines.append(
+            f"{_mb(case.cast_bytes)} are stored in another dtype than {case.manifest.compute_dtype} and cannot be "
+            f"streamed: a checkpoint saved in {case.manifest.compute_dtype} could be."
+        )
+
+    changes = []
+    if capacity.nvme < UNLIMITED and fits(capacity.device, UNLIMITED, demand.floor):
+        nvme = _smallest(lambda n: fits(capacity.device, n, demand.floor), capacity.nvme, 2 * total)
+        if config.tiers.nvme.enabled:
+            changes.append(f"raise tiers.nvme.max_gb to {ceil(nvme / GIB * 1000) / 1000:g}")
+        else:
+            changes.append(f"set tiers.nvme.enabled to true ({_mb(nvme)} stay in the checkpoint files)")
+    if demand.floor > 2 and fits(capacity.device, capacity.nvme, 2):
+        blocks = demand.floor
+        while not fits(capacity.device, capacity.nvme, blocks):
+            blocks = max(2, blocks * 3 // 4)
+        changes.append(f"lower kv.expected_context to {(blocks - 1) * demand.block_size}")
+    if needed <= case.budgets.device_capacity:
+        changes.append(f"raise tiers.device.max_mb to {ceil(needed / MIB)}")
+    else:
+        changes.append(
+            f"free {_mb(needed - case.budgets.device_capacity)} more memory for the device (this machine offers "
+            f"{_mb(case.budgets.device_capacity)}; tiers.device.max_utilization and reserved_mb limit it)"
+        )
+    if activations > needed - capacity.device:
+        changes.append("lower scheduler.max_num_batched_tokens or scheduler.max_num_seqs (activations)")
+    return "\n".join([*lines, "Any one of these makes it fit: " + "; or ".join(changes) + "."])
+
+
+def _smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Smallest value in (low, high], to 64 KiB, for which `holds`; `high` when none below it does."""
+    while high - low > 65536:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / MIB:.1f} MB"

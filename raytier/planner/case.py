@@ -1,0 +1,64 @@
+"""One question to the planner: this model on this node under this configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from raytier.checkpoint.manifest import ModelManifest
+from raytier.config import AppConfig
+from raytier.hardware.inventory import NodeInventory
+from raytier.hardware.rates import Rates
+from raytier.planner.budgets import Budgets, DeviceKind
+from raytier.planner.sizing import KVDemand, resident_nbytes
+from raytier.planner.solver import Capacity
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that placement, warnings and refusals are derived from. Sizes in bytes.
+
+    `resident`: parameters that only the device can hold -> why.
+    """
+
+    manifest: ModelManifest
+    inventory: NodeInventory
+    rates: Rates
+    config: AppConfig
+    kind: DeviceKind
+    budgets: Budgets
+    demand: KVDemand
+    activation_bytes: int
+    resident: Mapping[str, str]
+
+    @property
+    def capacity(self) -> Capacity:
+        return Capacity(self.budgets.device_bytes, self.budgets.host_bytes, self.budgets.nvme_bytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights, if all were resident."""
+        return sum(resident_nbytes(p, self.manifest) for p in self.manifest.parameters)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that cannot leave the device."""
+        return sum(resident_nbytes(self.manifest.by_name[name], self.manifest) for name in self.resident)
+
+    @property
+    def cast_bytes(self) -> int:
+        """Resident bytes of the weights that are on the device only because they are cast when loaded."""
+        parameters = (self.manifest.by_name[name] for name in self.resident)
+        return sum(
+            resident_nbytes(p, self.manifest)
+            for p in parameters
+            if len(p.shape) > 1 and p.dtype != self.manifest.compute_dtype
+        )
+
+    @property
+    def floor_kv_bytes(self) -> int:
+        return self.demand.floor * self.demand.block_bytes
+
+    @property
+    def expected_kv_bytes(self) -> int:
+        return self.demand.expected * self.demand.block_bytes

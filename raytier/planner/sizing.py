@@ -1,0 +1,157 @@
+"""Bytes that a model needs beside its streamed weights: what never leaves the device, activations, KV, ring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, Role
+from raytier.config import MIB, AppConfig
+
+#: O_DIRECT reads whole 4 KiB blocks at both ends of every contiguous run of bytes.
+ALIGNMENT_SLACK = 8192
+#: Small gaps between the runs of a unit are read along (see `execution/layout.py`): at most this much of its bytes ...
+GAP_FRACTION = 0.01
+#: ... and this many bytes per gap.
+GAP_BYTES = 64 * 1024
+#: Units below this size are read too fast for three of them to hide a slow request.
+SMALL_UNIT = 16 * MIB
+#: Chunk of a streamed output head: large enough for full disk speed, small enough not to set the ring's size.
+HEAD_CHUNK = (4 * MIB, 64 * MIB)
+HEAD_CHUNK_ALONE = 16 * MIB
+
+
+def resident_nbytes(parameter: Parameter, manifest: ModelManifest) -> int:
+    """Bytes of a resident parameter: it is cast to the compute dtype when loaded."""
+    return prod(parameter.shape) * DTYPE_BYTES[manifest.compute_dtype]
+
+
+def always_resident(parameter: Parameter, manifest: ModelManifest) -> str | None:
+    """Why a parameter can only live on the device, or None when it may be streamed."""
+    if parameter.role is not Role.LAYER and parameter.name not in (manifest.embedding, manifest.head):
+        return "always resident: outside the layers"
+    if len(parameter.shape) < 2:
+        return "always resident: norm or bias"
+    if parameter.dtype != manifest.compute_dtype:
+        return f"always resident: cast from {parameter.dtype} to {manifest.compute_dtype}"
+    return None
+
+
+def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:
+    """Peak bytes of activations in one step of `tokens` tokens and `sequences` sampled rows.
+
+    Per token, in the compute dtype: residual, normed input, attention output and its projection (4 x hidden), queries,
+    keys and values (at most 3 x the widest key/value width or hidden), gate, up and their product (3 x the widest
+    matrix of a layer). Per sampled row: logits in the compute dtype, in fp32, and one working copy of the sampler
+    (counted as 3 x vocabulary x 4). At least 1 MiB.
+    """
+    tokens = min(tokens, sequences * manifest.max_context)
+    width = max(
+        (max(p.shape[-2:]) for p in manifest.parameters if p.role is Role.LAYER and len(p.shape) > 1), default=0
+    )
+    qkv = max(max(k.num_kv_heads * max(k.key_dim, k.value_dim), manifest.hidden_size) for k in manifest.kv_layers)
+    per_token = (4 * manifest.hidden_size + 3 * qkv + 3 * width) * DTYPE_BYTES[manifest.compute_dtype]
+    logits = min(sequences, tokens) * manifest.vocab_size * 3 * 4
+    return max(MIB, tokens * per_token + logits)
+
+
+@dataclass(frozen=True, slots=True)
+class KVDemand:
+    """KV blocks, the null block included: `floor` <= `expected` <= `most`, each of `block_bytes`.
+
+    floor = one sequence of the expected context; most = every sequence at full context, or the configured cap.
+    """
+
+    block_size: int
+    block_bytes: int
+    floor: int
+    expected: int
+    most: int
+    sequences: int
+    context: int
+
+
+def kv_demand(manifest: ModelManifest, config: AppConfig, max_num_seqs: int, total_blocks: int | None) -> KVDemand:
+    """KV that the configuration expects; `total_blocks` is the model's own cap (None: no cap)."""
+    kv = config.kv
+    sequences = min(8, max_num_seqs) if kv.expected_sequences == "auto" else min(kv.expected_sequences, max_num_seqs)
+    context = 2048 if kv.expected_context == "auto" else kv.expected_context
+    sequences, context = max(1, sequences), max(1, min(context, manifest.max_context))
+    caps = [cap for cap in (kv.max_blocks, total_blocks) if cap is not None]
+
+    def blocks(count: int, tokens: int) -> int:
+        wanted = count * ceil(tokens / kv.block_size) + 1  # + the null block
+        return max(2, min([wanted, *caps]))
+
+    return KVDemand(
+        kv.block_size,
+        kv.block_size * manifest.kv_token_bytes,
+        blocks(1, context),
+        blocks(sequences, context),
+        blocks(max_num_seqs, manifest.max_context),
+        sequences,
+        context,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Ring of streamed bytes: `units` of the largest streamed `unit_bytes`; one of them is being computed on.
+
+    `head_chunk_rows` is 0 when the head is resident.
+    """
+
+    units: int = 0
+    unit_bytes: int = 0
+    head_chunk_rows: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.units * self.unit_bytes
+
+    @property
+    def window(self) -> int:
+        return max(0, self.units - 1)
+
+
+def ring_nbytes(parameter: Parameter) -> int:
+    """Upper bound of the ring bytes that a streamed parameter takes, gaps left out.
+
+    Its own bytes, alignment around each contiguous run, and a second copy if it cannot be used where it was read: it
+    lies in several runs, or at an offset that its dtype cannot start at.
+    """
+    runs = [e for i, e in enumerate(parameter.extents) if i == 0 or not _follows(parameter.extents[i - 1], e)]
+    in_place = len(runs) <= 1 and all(e.offset % DTYPE_BYTES[parameter.dtype] == 0 for e in runs)
+    return parameter.nbytes * (1 if in_place else 2) + ALIGNMENT_SLACK * max(1, len(runs))
+
+
+def unit_nbytes(sizes: Sequence[int]) -> int:
+    """Upper bound of the bytes of a unit whose parameters take `sizes` (`ring_nbytes`)."""
+    return sum(sizes) + min(int(GAP_FRACTION * sum(sizes)), GAP_BYTES * max(0, len(sizes) - 1))
+
+
+def plan_ring(units: Sequence[int], head: Parameter | None, ahead: int, *, economical: bool) -> Ring:
+    """Ring for the bytes that stream per layer (0: nothing) and for a streamed output head.
+
+    A unit is what one layer, or one chunk of the head, streams. The ring never has fewer than two units (one computing,
+    one arriving). With `economical` (the automatic window) it holds at most half of all units: a larger ring costs more
+    memory than the residency of what it would hold ahead.
+    """
+    largest, count, rows = max(units, default=0), sum(1 for unit in units if unit), 0
+    if head is not None:
+        row_bytes = ring_nbytes(head) / head.shape[0]
+        low, high = HEAD_CHUNK
+        wanted = min(max(largest, low), high) if count else HEAD_CHUNK_ALONE
+        # At least eight chunks, so that a small head is not all in the ring.
+        rows = max(1, int(min(wanted, head.nbytes // 8) / row_bytes))
+        largest = max(largest, ceil(rows * row_bytes) + ALIGNMENT_SLACK)
+        count += ceil(head.shape[0] / rows)
+    if count == 0:
+        return Ring()
+    cap = max(2, count // 2) if economical else max(2, count)
+    return Ring(min(ahead + 1, cap), -(-largest // 4096) * 4096, rows)
+
+
+def _follows(before: Extent, after: Extent) -> bool:
+    return before.file == after.file and before.offset + before.nbytes == after.offset
