@@ -69,6 +69,7 @@ def local_engine(model_dir: Path, device: str = "cpu", **settings: Any) -> Itera
     """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it."""
     config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
     description = describe_model(str(model_dir))
+    config = description.configure(config)
     manifest = description.manifest
     plan = plan_weights(manifest, take_inventory(), DEFAULT_RATES, config, kind=device.partition(":")[0])
     share = plan.devices[0]

@@ -85,7 +85,7 @@ class ActorGroup:
             raise
 
     def _start(self, description: ModelDescription) -> Engine:
-        config, manifest = self._config, description.manifest
+        config, manifest = description.configure(self._config), description.manifest
         kind: DeviceKind = "cuda" if "GPU" in self._bundle("device") else "cpu"
         device = self._create("device", remote_device_actor(), kind, self._threads())
         disk = self._create("disk", ray.remote(DiskTierActor))
@@ -95,15 +95,7 @@ class ActorGroup:
         rates: Rates = self._get(device.rates.remote(largest, manifest.compute_dtype, config.cache_dir))
         self._get(disk.calibrate.remote(rates.disk_read_bytes_per_s))
         inventory = take_inventory([manifest.model_dir])
-        plan = plan_weights(
-            manifest,
-            inventory,
-            rates,
-            config,
-            kind=kind,
-            max_num_seqs=description.max_num_seqs,
-            kv_total_blocks=description.kv_total_blocks,
-        )
+        plan = plan_weights(manifest, inventory, rates, config, kind=kind)
         self.plan = plan
         for warning in plan.warnings:
             logger.warning("plan: %s", warning)

@@ -39,10 +39,8 @@ def prepare(config: AppConfig) -> tuple[ModelDescription, ResourcePlan]:
         manifest,
         inventory,
         cached or default_rates(kind),
-        config,
+        description.configure(config),
         kind=kind,
-        max_num_seqs=description.max_num_seqs,
-        kv_total_blocks=description.kv_total_blocks,
     )
     resources = plan_resources(plan, inventory)
     nodes = ray.nodes()  # type: ignore[no-untyped-call]

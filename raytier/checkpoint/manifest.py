@@ -9,6 +9,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from math import prod
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from raytier.config import AppConfig
+
+Section = TypeVar("Section", bound=BaseModel)
 
 #: Bytes per element of the dtypes raytier computes in or stores (torch's names without the prefix).
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
@@ -198,3 +205,18 @@ class ModelDescription:
     max_num_seqs: int | None = None
     kv_block_size: int | None = None
     kv_total_blocks: int | None = None
+
+    def configure(self, config: AppConfig) -> AppConfig:
+        """`config`, with the model's wishes wherever it says nothing itself (spec E8)."""
+        scheduler = _fill(config.scheduler, max_num_seqs=self.max_num_seqs)
+        kv = _fill(config.kv, block_size=self.kv_block_size, max_blocks=self.kv_total_blocks)
+        return config.model_copy(update={"scheduler": scheduler, "kv": kv})
+
+
+def _fill(section: Section, **wishes: int | None) -> Section:
+    """`section` with those wishes that are not None and whose fields it was not given."""
+    return section.model_copy(
+        update={
+            name: wish for name, wish in wishes.items() if wish is not None and name not in section.model_fields_set
+        }
+    )

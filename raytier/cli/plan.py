@@ -80,7 +80,7 @@ def _plan(
     directory = config.model.directory()
     if not os.path.isdir(directory):
         raise ConfigurationError(f"{directory} is not a directory: give a model directory or {_DEMO}")
-    manifest, max_num_seqs, kv_total_blocks = _describe(directory)
+    manifest, config = _describe(directory, config)
     if machine_file is not None:
         machine = Machine.from_json(_read(machine_file))
         kind = resolve_kind(machine.inventory, config)
@@ -93,7 +93,7 @@ def _plan(
             from raytier.execution.rates import node_rates
 
             largest = max(manifest.files, key=lambda file: file.size).path
-            threads = inventory.cpus if isinstance(config.compute.threads, str) else config.compute.threads
+            threads = config.compute.resolve_threads(inventory.cpus)
             rates = node_rates(
                 largest,
                 dtype=manifest.compute_dtype,
@@ -104,15 +104,7 @@ def _plan(
             )
         machine = Machine(inventory)
     machine = Machine(machine.inventory, rates)
-    weights = plan_weights(
-        manifest,
-        machine.inventory,
-        rates,
-        config,
-        kind=kind,
-        max_num_seqs=max_num_seqs,
-        kv_total_blocks=kv_total_blocks,
-    )
+    weights = plan_weights(manifest, machine.inventory, rates, config, kind=kind)
     budgets = node_budgets(machine.inventory, config, kind)
     return Planned(manifest, machine, config, kind, budgets, weights, plan_resources(weights, machine.inventory))
 
@@ -150,15 +142,15 @@ def _read(file: Path) -> str:
         raise ConfigurationError(f"{file} cannot be read: {error}") from None
 
 
-def _describe(directory: str) -> tuple[ModelManifest, int | None, int | None]:
-    """Manifest, and the model's own wishes for sequences and KV blocks. Imports torch and transformers."""
+def _describe(directory: str, config: AppConfig) -> tuple[ModelManifest, AppConfig]:
+    """Manifest, and the configuration with the model's own wishes. Imports torch and transformers."""
     from raytier.checkpoint.describe import describe_config, describe_model
 
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
     if any(name.endswith(weights) for name in os.listdir(directory)):
         description = describe_model(directory)
-        return description.manifest, description.max_num_seqs, description.kv_total_blocks
-    return describe_config(directory), None, None
+        return description.manifest, description.configure(config)
+    return describe_config(directory), config
 
 
 def _as_dict(planned: Planned) -> dict[str, Any]:

@@ -30,22 +30,18 @@ def plan_weights(
     *,
     kind: DeviceKind | None = None,
     device_index: int = 0,
-    max_num_seqs: int | None = None,
-    kv_total_blocks: int | None = None,
 ) -> WeightPlan:
     """Plan one model for one node.
 
     Args:
+        config: what the model wishes included (`ModelDescription.configure`).
         kind: device to plan for; None = what `config.compute.device` means here.
-        max_num_seqs: overrides `config.scheduler.max_num_seqs` (a model's own wish).
-        kv_total_blocks: the model's own cap of KV blocks.
 
     Raises:
         BudgetError: the budgets cannot hold the model; with the numbers and what would make it fit.
         ResourceNotAvailableError: the asked-for device does not exist.
     """
     kind = resolve_kind(inventory, config) if kind is None else kind
-    sequences = config.scheduler.max_num_seqs if max_num_seqs is None else max_num_seqs
     case = Case(
         manifest=manifest,
         inventory=inventory,
@@ -53,8 +49,10 @@ def plan_weights(
         config=config,
         kind=kind,
         budgets=node_budgets(inventory, config, kind, device_index=device_index),
-        demand=kv_demand(manifest, config, sequences, kv_total_blocks),
-        activation_bytes=activation_bytes(manifest, config.scheduler.max_num_batched_tokens, sequences),
+        demand=kv_demand(manifest, config),
+        activation_bytes=activation_bytes(
+            manifest, config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+        ),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
     )
     for device_room in _rule_rooms(case):

@@ -72,17 +72,16 @@ class KVDemand:
     context: int
 
 
-def kv_demand(manifest: ModelManifest, config: AppConfig, max_num_seqs: int, total_blocks: int | None) -> KVDemand:
-    """KV that the configuration expects; `total_blocks` is the model's own cap (None: no cap)."""
-    kv = config.kv
+def kv_demand(manifest: ModelManifest, config: AppConfig) -> KVDemand:
+    """KV that the configuration expects."""
+    kv, max_num_seqs = config.kv, config.scheduler.max_num_seqs
     sequences = min(8, max_num_seqs) if kv.expected_sequences == "auto" else min(kv.expected_sequences, max_num_seqs)
     context = 2048 if kv.expected_context == "auto" else kv.expected_context
     sequences, context = max(1, sequences), max(1, min(context, manifest.max_context))
-    caps = [cap for cap in (kv.max_blocks, total_blocks) if cap is not None]
 
     def blocks(count: int, tokens: int) -> int:
         wanted = count * ceil(tokens / kv.block_size) + 1  # + the null block
-        return max(2, min([wanted, *caps]))
+        return max(2, wanted if kv.max_blocks is None else min(wanted, kv.max_blocks))
 
     return KVDemand(
         kv.block_size,

@@ -42,7 +42,7 @@ def cpu_machine(tmp_path: Path) -> str:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A directory that is described as a small Llama without importing torch."""
-    monkeypatch.setattr(module, "_describe", lambda directory: (llama(), None, None))
+    monkeypatch.setattr(module, "_describe", lambda directory, config: (llama(), config))
     (tmp_path / "model").mkdir()
     return str(tmp_path / "model")
 
@@ -132,7 +132,7 @@ def test_this_machine_is_measured_and_remembered(model: str, tmp_path: Path, mon
     file = tmp_path / "weights"
     file.write_bytes(bytes(10_000))
     manifest = replace(llama(), files=(SourceFile(str(file), 10_000),))
-    monkeypatch.setattr(module, "_describe", lambda directory: (manifest, None, None))
+    monkeypatch.setattr(module, "_describe", lambda directory, config: (manifest, config))
     monkeypatch.setattr(rates, "measure_matrix", lambda *args, **kwargs: ((1, 7e9),))
     config = tmp_path / "serve.yaml"
     config.write_text(f"applications: [{{args: {{cache_dir: {tmp_path}/cache, compute: {{device: cpu}}}}}}]")

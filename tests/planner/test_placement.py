@@ -209,25 +209,27 @@ def test_a_rule_finds_a_tied_head_by_its_other_name() -> None:
 
 
 def test_kv_is_reduced_to_its_floor_before_the_model_is_refused() -> None:
-    config = configuration(device_mb=10, kv={"expected_sequences": 64, "expected_context": 512})
-    plan = plan_weights(MODEL, CPU_NODE, RATES, config, max_num_seqs=64)
+    config = configuration(
+        device_mb=10, kv={"expected_sequences": 64, "expected_context": 512}, scheduler={"max_num_seqs": 64}
+    )
+    plan = plan_weights(MODEL, CPU_NODE, RATES, config)
     (device,) = plan.devices
     assert 512 // 16 + 1 <= device.kv_blocks < 64 * 512 // 16
     assert any("KV holds" in warning for warning in plan.warnings)
 
 
 def test_a_model_that_just_fits_is_not_streamed_for_kv_that_does_not_fit_anyway() -> None:
-    config = configuration(device_mb=24, kv={"expected_sequences": 64, "expected_context": 512})
-    plan = plan_weights(MODEL, CPU_NODE, replace(RATES, disk_read_bytes_per_s=1e8), config, max_num_seqs=64)
+    config = configuration(
+        device_mb=24, kv={"expected_sequences": 64, "expected_context": 512}, scheduler={"max_num_seqs": 64}
+    )
+    plan = plan_weights(MODEL, CPU_NODE, replace(RATES, disk_read_bytes_per_s=1e8), config)
     assert plan.streamed_bytes == 0
     assert any("KV holds" in warning for warning in plan.warnings)
 
 
-@pytest.mark.parametrize(("config_cap", "model_cap", "expected"), [(10, None, 10), (None, 7, 7), (10, 7, 7)])
-def test_block_caps(config_cap: int | None, model_cap: int | None, expected: int) -> None:
-    config = configuration(kv={"max_blocks": config_cap})
-    plan = plan_weights(MODEL, CPU_NODE, RATES, config, kv_total_blocks=model_cap)
-    assert plan.devices[0].kv_blocks == expected
+def test_block_cap() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(kv={"max_blocks": 10}))
+    assert plan.devices[0].kv_blocks == 10
 
 
 def test_the_window_can_be_chosen() -> None:
