@@ -22,7 +22,7 @@ from raytier.checkpoint.architecture import (
 from raytier.checkpoint.describe import describe_config
 from raytier.checkpoint.probe import probe_attention
 from raytier.errors import CheckpointError, UnsupportedModelError
-from tests.checkpoint.conftest import MakeModel
+from tests.models import MakeModel
 from tests.checkpoint.families import FAMILIES, family_config
 
 

@@ -13,6 +13,9 @@ import pytest
 from raytier.checkpoint.manifest import SourceFile
 from raytier.execution.reader import ReaderPool
 from raytier.tiers.files import DirectFile
+from tests.models import make_model, tokenizer_dir
+
+__all__ = ["make_model", "tokenizer_dir"]
 
 SIZES = ((3 << 20) + 777, 150_001)
 
