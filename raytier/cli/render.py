@@ -177,7 +177,11 @@ def _prediction_table(plan: WeightPlan) -> Table:
     table = Table("batch", "step", "read and copy", "compute", "tokens/s", title="Prediction", title_justify="left")
     for p in plan.predictions:
         cells = (duration(p.seconds), duration(p.io_seconds), duration(p.compute_seconds))
-        table.add_row(str(p.batch), *cells, f"{p.tokens_per_second:.3g}")
+        table.add_row(
+            str(p.batch),
+            *cells,
+            f"{p.tokens_per_second:,.0f}" if p.tokens_per_second >= 100 else f"{p.tokens_per_second:.3g}",
+        )
     table.caption = f"first token of a 128-token prompt after {duration(plan.first_token_seconds)}"
     table.caption_justify = "left"
     return table
