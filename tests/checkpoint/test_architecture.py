@@ -22,8 +22,8 @@ from raytier.checkpoint.architecture import (
 from raytier.checkpoint.describe import describe_config
 from raytier.checkpoint.probe import probe_attention
 from raytier.errors import CheckpointError, UnsupportedModelError
-from tests.models import MakeModel
 from tests.checkpoint.families import FAMILIES, family_config
+from tests.models import MakeModel
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

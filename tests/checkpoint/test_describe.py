@@ -17,8 +17,8 @@ from raytier.checkpoint import describe
 from raytier.checkpoint.describe import describe_config, describe_model
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
 from raytier.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from tests.models import MakeModel
 from tests.checkpoint.families import FAMILIES, VOCAB
+from tests.models import MakeModel
 
 
 def read(manifest: ModelManifest, parameter: Parameter) -> torch.Tensor:

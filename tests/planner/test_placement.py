@@ -47,7 +47,7 @@ def test_kv_takes_its_share_of_what_a_resident_model_leaves() -> None:
 
 def test_the_model_stays_resident_down_to_the_last_byte() -> None:
     plan = plan_weights(MODEL, CPU_NODE, RATES, configuration())
-    demand = kv_demand(MODEL, configuration(), 4, None)
+    demand = kv_demand(MODEL, configuration())
     needed = MODEL.nbytes + plan.devices[0].activation_bytes + demand.expected * demand.block_bytes
     tight = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=needed / MIB))
     assert set(tight.tier_of.values()) == {Tier.DEVICE}
@@ -210,7 +210,9 @@ def test_a_rule_finds_a_tied_head_by_its_other_name() -> None:
 
 def test_kv_is_reduced_to_its_floor_before_the_model_is_refused() -> None:
     config = configuration(
-        device_mb=10, kv={"expected_sequences": 64, "expected_context": 512}, scheduler={"max_num_seqs": 64}
+        device_mb=10,
+        kv={"expected_sequences": 64, "expected_context": 512},
+        scheduler={"max_num_seqs": 64, "max_num_batched_tokens": 64},
     )
     plan = plan_weights(MODEL, CPU_NODE, RATES, config)
     (device,) = plan.devices
@@ -220,7 +222,9 @@ def test_kv_is_reduced_to_its_floor_before_the_model_is_refused() -> None:
 
 def test_a_model_that_just_fits_is_not_streamed_for_kv_that_does_not_fit_anyway() -> None:
     config = configuration(
-        device_mb=24, kv={"expected_sequences": 64, "expected_context": 512}, scheduler={"max_num_seqs": 64}
+        device_mb=24,
+        kv={"expected_sequences": 64, "expected_context": 512},
+        scheduler={"max_num_seqs": 64, "max_num_batched_tokens": 64},
     )
     plan = plan_weights(MODEL, CPU_NODE, replace(RATES, disk_read_bytes_per_s=1e8), config)
     assert plan.streamed_bytes == 0

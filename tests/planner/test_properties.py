@@ -89,7 +89,7 @@ def check(manifest: ModelManifest, config: Any, node: NodeInventory, plan: Weigh
         assert plan.nvme_bytes <= config.tiers.nvme.max_gb * GIB
 
     # KV between its floor and its cap.
-    demand = kv_demand(manifest, config, 4, None)
+    demand = kv_demand(manifest, config)
     assert demand.floor <= device.kv_blocks <= demand.most
     assert device.kv_bytes == device.kv_blocks * demand.block_bytes
 
@@ -135,7 +135,7 @@ def test_a_plan_within_its_budgets_or_a_refusal(manifest: ModelManifest, config:
 @settings(deadline=None, max_examples=80)
 @given(manifests(), configurations(with_rules=False))
 def test_a_model_that_fits_is_never_offloaded(manifest: ModelManifest, config: Any) -> None:
-    demand = kv_demand(manifest, config, 4, None)
+    demand = kv_demand(manifest, config)
     needed = (
         sum(resident_nbytes(p, manifest) for p in manifest.parameters)
         + activation_bytes(manifest, 64, 4)
