@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +16,7 @@ from raytier.actors.prepare import prepare
 from raytier.config import parse_config
 from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.engine.sampling_params import SamplingParams
-from raytier.errors import ResourceNotAvailableError
+from raytier.errors import CheckpointError, ResourceNotAvailableError
 from raytier.planner.plan import WeightPlan
 
 _PLACEMENT_TIMEOUT_S = 60.0
@@ -46,11 +47,18 @@ class LLM:
     Raises:
         ConfigurationError, CheckpointError, UnsupportedModelError, BudgetError, ResourceNotAvailableError.
 
+    Attributes:
+        engine: the running `Engine`, for what goes beyond batches: `submit`, `stream`, `abort`.
+
     Ray is started on this machine when the process is not connected to a cluster yet, and ended by `close`.
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        self._config = parse_config({"models": [{"model_id": model, "source_path": model}], **settings})
+        model_id = model.rstrip("/").rpartition("/")[2] or "model"
+        self._config = parse_config({"models": [{"model_id": model_id, "source_path": model}], **settings})
+        directory = self._config.model.directory()
+        if not os.path.isdir(directory):  # before Ray is started for nothing
+            raise CheckpointError(f"{directory}: no such directory; give the directory that holds config.json")
         self._group: ActorGroup | None = None
         self._placement_group: Any = None
         self._started_ray = not ray.is_initialized()
@@ -68,7 +76,7 @@ class LLM:
                     "something else holds its resources"
                 )
             self._group = ActorGroup(f"llm-{id(self):x}", self._config, resources, self._placement_group)
-            self._engine = self._group.start(description)
+            self.engine = self._group.start(description)
         except ray.exceptions.RayTaskError as error:
             self.close()
             raise error.cause from None
@@ -89,27 +97,31 @@ class LLM:
             InvalidRequestError: a prompt or a sampling value cannot be served. EngineDeadError: an actor died.
         """
         batch: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
-        tokenizer = self._engine.tokenizer
+        tokenizer = self.engine.tokenizer
         return self._run([tokenizer.encode(p) if isinstance(p, str) else list(p) for p in batch], sampling)
 
     def chat(self, conversations: Sequence[Any], **sampling: Any) -> list[Completion]:
         """Continue conversations: one list of `{"role": ..., "content": ...}`, or a list of such lists."""
         batch = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
-        tokenizer = self._engine.tokenizer
+        tokenizer = self.engine.tokenizer
         # The rendered template holds its special tokens already.
         prompts = [tokenizer.encode(tokenizer.apply_chat_template(c), add_special_tokens=False) for c in batch]
         return self._run(prompts, sampling)
 
     def _run(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[Completion]:
-        params = SamplingParams.from_request(self._engine.defaults, **sampling)
-        return [_completion(delta) for delta in self._engine.generate(prompts, params)]
+        params = SamplingParams.from_request(self.engine.defaults, **sampling)
+        return [_completion(delta) for delta in self.engine.generate(prompts, params)]
 
     def stats(self) -> EngineStats:
-        """Counters of the engine."""
-        return self._engine.stats()
+        """Counters of the engine; they stay readable after `close`."""
+        return self.engine.stats()
 
     def status(self) -> GroupStatus:
-        """What every actor holds and has done."""
+        """What every actor holds and has done.
+
+        Raises:
+            EngineDeadError: an actor died, or this object is closed. TimeoutError: one does not answer.
+        """
         assert self._group is not None
         return self._group.status()
 
@@ -121,9 +133,8 @@ class LLM:
 
     def close(self) -> None:
         """End the engine and its actors and, where this object started it, Ray. A second call does nothing."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.stop()
+        if self._group is not None:
+            self._group.stop()
         group_of_bundles, self._placement_group = self._placement_group, None
         if group_of_bundles is not None:
             remove_placement_group(group_of_bundles)

@@ -33,6 +33,10 @@ class SequenceSpan:
     stop: int
     block_table: tuple[int, ...]
 
+    @property
+    def num_queries(self) -> int:
+        return self.q_stop - self.q_start
+
 
 @dataclass
 class ForwardContext:
@@ -44,7 +48,7 @@ class ForwardContext:
     store: KVStore
     spans: tuple[SequenceSpan, ...]
     slots: Tensor
-    _runs: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
+    _runs: dict[int, list[list[tuple[int, int]]]] = field(default_factory=dict)
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -64,13 +68,14 @@ class ForwardContext:
         """First token that the first query of `span` may see; `window` 0 means no window."""
         return max(0, span.start - window + 1) if window else 0
 
-    def runs(self, index: int, window: int) -> list[tuple[int, int]]:
-        key = (index, window)
-        if key not in self._runs:
-            span = self.spans[index]
-            first = self.first_key(span, window)
-            self._runs[key] = slot_runs(span.block_table, self.store.block_size, first, span.stop)
-        return self._runs[key]
+    def runs(self, window: int) -> list[list[tuple[int, int]]]:
+        """Slots of the keys that each span may see."""
+        if window not in self._runs:
+            size = self.store.block_size
+            self._runs[window] = [
+                slot_runs(span.block_table, size, self.first_key(span, window), span.stop) for span in self.spans
+            ]
+        return self._runs[window]
 
     def mask(self, index: int, window: int) -> Tensor | None:
         """Boolean `[queries, keys]`, True = may attend; None where causality alone decides from token 0."""
@@ -161,29 +166,30 @@ def attention_forward(
     store.write(layer, context.slots, key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = int(sliding_window or 0)
-    out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-    for index, span in enumerate(context.spans):
-        keys, values = store.read(layer, context.runs(index, window))
+    fused = softcap is None and s_aux is None
+    groups = (key.shape[0], query.shape[0] // key.shape[0])
+    # Of a single token, the query heads that share a KV head become its queries: several times faster than
+    # enable_gqa, and no mask is needed since the last token sees every key. Made for all tokens at once, since
+    # with many short sequences it is operations per sequence that cost.
+    single = query.transpose(0, 1).reshape(query.shape[1], 1, *groups, query.shape[-1]).unbind(0)
+    results = []  # per span [tokens, Hkv, Hq / Hkv, Dv]
+    for index, (span, runs) in enumerate(zip(context.spans, context.runs(window), strict=True)):
+        keys, values = store.read(layer, runs)
+        if fused and span.num_queries == 1:
+            results.append(scaled_dot_product_attention(single[span.q_start], keys[None], values[None], scale=scale))
+            continue
         chunk = query[:, span.q_start : span.q_stop]
-        mask = context.mask(index, window) if span.q_stop - span.q_start > 1 else None
-        if softcap is not None or s_aux is not None:
-            result = reference_attention(chunk, keys, values, scale, _explicit(mask, chunk, keys), softcap, s_aux)
-        else:
+        mask = context.mask(index, window) if span.num_queries > 1 else None
+        if fused:
             result = _sdpa(chunk, keys, values, scale, mask)
-        out[span.q_start : span.q_stop] = result.transpose(0, 1)
-    return out.unsqueeze(0), None
+        else:
+            result = reference_attention(chunk, keys, values, scale, _explicit(mask, chunk, keys), softcap, s_aux)
+        results.append(result.transpose(0, 1).reshape(-1, *groups, value.shape[-1]))
+    return torch.cat(results).reshape(1, query.shape[1], query.shape[0], value.shape[-1]), None
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """torch's fused attention for one sequence: query `[Hq, T, D]`, keys and values `[Hkv, L, D]` -> `[Hq, T, Dv]`."""
-    heads, tokens, _ = query.shape
-    kv_heads = keys.shape[0]
-    if tokens == 1:
-        # The query heads that share a KV head become its queries: several times faster than enable_gqa at
-        # one token, and no mask is needed since the last token sees every key.
-        folded = query.view(1, kv_heads, heads // kv_heads, query.shape[-1])
-        out = scaled_dot_product_attention(folded, keys[None], values[None], scale=scale)
-        return out.reshape(heads, 1, values.shape[-1])
     return scaled_dot_product_attention(
         query[None],
         keys[None],
@@ -191,7 +197,7 @@ def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tenso
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=heads != kv_heads,
+        enable_gqa=query.shape[0] != keys.shape[0],
     )[0]
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from raytier.engine.step import SampleSpec
 
 _MASK64 = 2**64 - 1
+#: Nearly every draw falls to one of so many tokens, and to sort a whole vocabulary takes longer than all the rest.
+_LIKELY = 256
 
 
 def uniform(spec: SampleSpec) -> float:
@@ -41,16 +43,34 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def _draw(logits: Tensor, spec: SampleSpec) -> int:
-    count = spec.top_k if 0 < spec.top_k < logits.shape[0] else logits.shape[0]
-    # A stable order makes ties fall to the lower id on every device.
-    values, ids = torch.sort(logits, descending=True, stable=True)
-    probabilities = torch.softmax(values[:count].double() / spec.temperature, dim=-1)
-    cumulative = torch.cumsum(probabilities, dim=-1)
+def _draw(logits: Tensor, spec: SampleSpec, look_at: int = _LIKELY) -> int:
+    """The draw of `spec`, from the `look_at` most likely tokens if it is certain to fall to one of them."""
+    vocab = logits.shape[0]
+    limited = 0 < spec.top_k < vocab
+    count = spec.top_k if limited else min(look_at, vocab)
+    values, ids = _most_likely(logits, count)
+    total = torch.logsumexp((values if limited else logits).double() / spec.temperature, dim=-1)
+    cumulative = torch.cumsum(torch.exp(values.double() / spec.temperature - total), dim=-1)
+    drawn = uniform(spec)
     if spec.top_p < 1:
         # The token that crosses top_p belongs to the set.
-        kept = int(torch.searchsorted(cumulative, spec.top_p).item()) + 1
-        cumulative = cumulative[: min(kept, count)]
-    target = uniform(spec) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True).item())
-    return int(ids[min(index, cumulative.shape[0] - 1)])
+        last = min(int(torch.searchsorted(cumulative, spec.top_p).item()), count - 1)
+        mass = float(cumulative[last])
+        certain = mass >= spec.top_p
+    else:
+        last, mass = count - 1, 1.0
+        certain = drawn < float(cumulative[last])
+    if count < vocab and not limited and not certain:
+        return _draw(logits, spec, vocab)
+    index = int(torch.searchsorted(cumulative, drawn * mass, right=True).item())
+    return int(ids[min(index, last)])
+
+
+def _most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values and their ids, largest first, in a stable order: ties fall to the lower id."""
+    if count == logits.shape[0]:
+        values, ids = torch.sort(logits, descending=True, stable=True)
+        return values, ids
+    ids = (~(logits < torch.topk(logits, count).values[-1])).nonzero()[:, 0]  # "not less": NaN is no error here
+    values, order = torch.sort(logits[ids], descending=True, stable=True)
+    return values[:count], ids[order[:count]]
