@@ -66,7 +66,7 @@ def ray_session() -> Iterator[None]:
     import ray
     from ray import serve
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
     serve.shutdown()
     ray.shutdown()

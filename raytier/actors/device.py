@@ -57,6 +57,8 @@ class DeviceActor:
     """Runs steps. At most one call per step: a step number that does not follow the last is refused."""
 
     def __init__(self, name: str, kind: str, threads: int) -> None:
+        # All that computing needs, so that what the process takes without a model is known before it loads one.
+        from raytier.execution import model_runner  # noqa: F401
         from raytier.execution.device import use_device
 
         self._name = name

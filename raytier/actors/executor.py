@@ -24,7 +24,7 @@ class RemoteExecutor:
         try:
             result: StepResult = ray.get(self._step.remote(batch))
         except RayActorError as error:
-            raise EngineDeadError(f"the DeviceActor died during step {batch.step}: {first_line(error)}") from None
+            raise EngineDeadError(f"the DeviceActor died during step {batch.step}: {cause_of(error)}") from None
         except RayTaskError as error:
             raise error.cause from None
         return result
@@ -33,7 +33,7 @@ class RemoteExecutor:
 class StepReporter:
     """Tells the KVBlockActor and the DiskTierActor what steps did; never waits for them.
 
-    At most one call per actor and step: ledger deltas at once, disk counters at most once a second.
+    At most one call per actor and step: ledger deltas at once, disk counters once a second and when the work is done.
     """
 
     def __init__(self, engine_id: str, kv: Any, disk: Any, flush_s: float = 1.0) -> None:
@@ -51,12 +51,14 @@ class StepReporter:
             self._reads += report.stats.reads
             self._bytes += report.stats.bytes_read
         now = time.monotonic()
-        if self._reads and now - self._since >= self._flush_s:
+        idle = not (report.num_running or report.num_waiting)
+        if self._reads and (idle or now - self._since >= self._flush_s):
             self._record.remote(self._reads, self._bytes, now - self._since)
             self._reads = self._bytes = 0
             self._since = now
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text; Ray's texts go on for pages."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def cause_of(error: BaseException) -> str:
+    """What matters of an error of Ray's, whose texts go on for pages: the first line, or what a constructor raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if "creation task" in lines[0] else lines[0]

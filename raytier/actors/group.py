@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytier.actors.device import DeviceStatus, remote_device_actor
 from raytier.actors.disk import DiskStatus, DiskTierActor
-from raytier.actors.executor import RemoteExecutor, StepReporter, first_line
+from raytier.actors.executor import RemoteExecutor, StepReporter, cause_of
 from raytier.actors.host import HostPoolActor, HostStatus
 from raytier.actors.kv_blocks import KVBlockActor
 from raytier.actors.names import NAMESPACE, actor_name
@@ -79,7 +80,7 @@ class ActorGroup:
             return self._start(description)
         except (RayActorError, GetTimeoutError) as error:
             self.stop()
-            raise ModelLoadingError(f"an actor did not come up: {first_line(error)}") from error
+            raise ModelLoadingError(f"an actor did not come up: {cause_of(error)}") from error
         except BaseException:
             self.stop()
             raise
@@ -93,7 +94,7 @@ class ActorGroup:
 
         largest = max(manifest.files, key=lambda file: file.size).path
         rates: Rates = self._get(device.rates.remote(largest, manifest.compute_dtype, config.cache_dir))
-        self._get(disk.calibrate.remote(rates.disk_read_bytes_per_s))
+        disk.calibrate.remote(rates.disk_read_bytes_per_s)
         inventory = take_inventory([manifest.model_dir])
         plan = plan_weights(manifest, inventory, rates, config, kind=kind)
         self.plan = plan
@@ -108,10 +109,9 @@ class ActorGroup:
         model_id = config.model.model_id
         arena = self._get(host.allocate.remote(model_id, host_bytes)) if host_bytes else None
         nvme = config.tiers.nvme
-        seconds = self._get(
-            device.load.remote(model_id, manifest, plan, arena, nvme.io_threads, int(nvme.io_mb * MIB)),
-            timeout=_LOAD_TIMEOUT_S,
-        )
+        loading = device.load.remote(model_id, manifest, plan, arena, nvme.io_threads, int(nvme.io_mb * MIB))
+        self._get([host.ping.remote(), kv.ping.remote()])
+        seconds = self._get(loading, timeout=_LOAD_TIMEOUT_S)
         logger.info(
             "loaded %s in %.1f s: %.1f MiB resident, %.1f in the host pool, %.1f streamed per step, %d KV blocks",
             model_id,
@@ -139,23 +139,35 @@ class ActorGroup:
         return self.engine
 
     def status(self, timeout_s: float = 10.0) -> GroupStatus:
-        """Ask every actor once."""
-        a = self._actors
-        refs = [
-            a["device"].status.remote(),
-            a["host"].status.remote(),
-            a["disk"].status.remote(),
-            a["kv"].stats.remote(),
-        ]
-        return GroupStatus(*ray.get(refs, timeout=timeout_s))
+        """Ask every actor once; raises as `ping`."""
+        roles = {"device": "status", "host": "status", "disk": "status", "kv": "stats"}
+        return GroupStatus(**self._ask(roles, timeout_s))
 
     def ping(self, timeout_s: float = 10.0) -> None:
-        """EngineDeadError that names the first actor that does not answer."""
-        for role, actor in self._actors.items():
+        """Hear from every actor.
+
+        Raises:
+            EngineDeadError: names an actor that has died.
+            TimeoutError: names an actor that does not answer in time.
+        """
+        self._ask(dict.fromkeys(self._actors, "ping"), timeout_s)
+
+    def _ask(self, methods: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
+        """Call a method of each role's actor, all at once; answers by role."""
+        actors = self._actors
+        if not actors:
+            raise EngineDeadError(f"the actors of {self._app} have ended")
+        refs = {role: getattr(actors[role], method).remote() for role, method in methods.items()}
+        deadline = time.monotonic() + timeout_s
+        answers = {}
+        for role, ref in refs.items():
             try:
-                ray.get(actor.ping.remote(), timeout=timeout_s)
-            except (RayActorError, GetTimeoutError) as error:
-                raise EngineDeadError(f"{actor_name(self._app, role)} is gone: {first_line(error)}") from None
+                answers[role] = ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+            except (GetTimeoutError, ActorUnavailableError):
+                raise TimeoutError(f"{actor_name(self._app, role)} has not answered for {timeout_s:g} s") from None
+            except RayActorError as error:
+                raise EngineDeadError(f"{actor_name(self._app, role)} is gone: {cause_of(error)}") from None
+        return answers
 
     def stop(self) -> None:
         """End the engine and every actor; a second call does nothing."""
@@ -172,7 +184,7 @@ class ActorGroup:
         return self._resources.bundles[self._resources.roles.index(role)]
 
     def _create(self, role: str, actor_class: Any, *args: Any) -> Any:
-        """Create the actor of `role` in its bundle and wait until it answers."""
+        """Begin to create the actor of `role` in its bundle; what is asked of it first waits for that."""
         name = actor_name(self._app, role)
         bundle = self._bundle(role)
         options = {
@@ -200,7 +212,6 @@ class ActorGroup:
                     ) from None
                 time.sleep(0.2)
         self._actors[role] = actor
-        self._get(actor.ping.remote())
         return actor
 
     def _get(self, ref: Any, timeout: float = _START_TIMEOUT_S) -> Any:

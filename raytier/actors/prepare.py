@@ -6,10 +6,15 @@ Ray task), never in one that serves.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+
 import ray
+from ray._private.state import available_resources_per_node  # a DeveloperAPI; what is free has no other per-node view
 
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import AppConfig
+from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import RateKey, default_rates, load_rates
 from raytier.planner.budgets import resolve_kind
@@ -17,11 +22,19 @@ from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan
 from raytier.planner.resources import check_cluster, plan_resources
 
+#: What was just given back shows as free a moment later.
+_SETTLE_S = 3.0
 
-def prepare(config: AppConfig) -> tuple[ModelDescription, ResourcePlan]:
-    """Describe the model, check that it can be planned on this node and that the cluster has the bundles.
+
+def prepare(
+    config: AppConfig, reclaimable: Mapping[str, Mapping[str, float]] | None = None
+) -> tuple[ModelDescription, ResourcePlan]:
+    """Describe the model, check that it can be planned on this node and that the cluster has the bundles free.
 
     The actors plan again with what their node then has; what cannot work is refused here, within seconds.
+
+    Args:
+        reclaimable: node id -> resources that are in use now and will be free by the time the bundles are placed.
 
     Raises:
         CheckpointError, UnsupportedModelError, BudgetError, ResourceNotAvailableError.
@@ -43,6 +56,24 @@ def prepare(config: AppConfig) -> tuple[ModelDescription, ResourcePlan]:
         kind=kind,
     )
     resources = plan_resources(plan, inventory)
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    check_cluster(resources, [node["Resources"] for node in nodes if node["Alive"]])
+    _check_cluster(resources, reclaimable or {})
     return description, resources
+
+
+def _check_cluster(resources: ResourcePlan, reclaimable: Mapping[str, Mapping[str, float]]) -> None:
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    check_cluster(resources, list(nodes.values()))  # what no node has at all will not become free
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        free = available_resources_per_node()  # type: ignore[no-untyped-call]
+        try:
+            check_cluster(resources, [_sum(free.get(node, {}), reclaimable.get(node, {})) for node in nodes])
+            return
+        except ResourceNotAvailableError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in one.keys() | other.keys()}

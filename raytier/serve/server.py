@@ -13,12 +13,13 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 
 from raytier.actors.group import ActorGroup, GroupStatus
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import AppConfig
 from raytier.engine.engine import Engine
-from raytier.engine.outputs import OutputDelta
+from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.errors import EngineDeadError, ModelNotFoundError
 from raytier.planner.plan import ResourcePlan
 from raytier.serve import generate
@@ -26,6 +27,8 @@ from raytier.serve.generate import GenerateResult
 from raytier.serve.http import build_api
 
 logger = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 0.5
 
 
 class LLMServer:
@@ -36,10 +39,11 @@ class LLMServer:
     """
 
     async def __init__(self, config: AppConfig, description: ModelDescription, resources: ResourcePlan) -> None:  # type: ignore[misc]
-        logging.getLogger("raytier").setLevel(config.log_level)
+        _log_with_serve(config.log_level)
         placement_group = ray.util.get_current_placement_group()
         assert placement_group is not None, "the application builder gives every replica a placement group"
         self._config = config
+        self._failure: str | None = None
         self.created = int(time.time())
         app = serve.get_replica_context().app_name
         self._group = ActorGroup(app, config, resources, placement_group)
@@ -63,7 +67,7 @@ class LLMServer:
         return self._engine
 
     def health(self) -> str | None:
-        return self._engine.dead
+        return self._failure or self._engine.dead
 
     # Deployment handles
 
@@ -104,19 +108,48 @@ class LLMServer:
             async for delta in deltas:
                 yield delta
 
+    async def stats(self) -> EngineStats:
+        """Counters of the engine, and its present load."""
+        return self._engine.stats()
+
     async def status(self) -> GroupStatus:
-        """What every actor holds and has done."""
+        """What every actor holds and has done.
+
+        Raises:
+            EngineDeadError: an actor died. TimeoutError: one does not answer.
+        """
         return await asyncio.to_thread(self._group.status)
 
     # Serve's life cycle
 
     async def check_health(self) -> None:
-        """Raise when the engine or one of its actors is gone: Serve then replaces this replica."""
-        if self._engine.dead is not None:
-            raise EngineDeadError(self._engine.dead)
-        await asyncio.to_thread(self._group.ping)
+        """Raise when the engine or one of its actors is gone: Serve then replaces this replica.
+
+        Serve waits for three failures in a row, but not where an actor crashed; that is what is raised here, because
+        nothing that has died comes back.
+        """
+        if self._engine.dead is None:
+            try:
+                await asyncio.to_thread(self._group.ping)
+                return
+            except EngineDeadError as error:
+                # What still runs without that actor ends with an error now, which reaches the readers before Serve
+                # ends this process.
+                self._failure = error.message
+                logger.error("%s; this replica ends", error.message)
+                await asyncio.to_thread(self._engine.close)
+                await asyncio.sleep(_LAST_WORDS_S)
+        raise RayActorError(error_msg=f"the engine does not run: {self.health()}")
 
     async def __del__(self) -> None:
-        group = getattr(self, "_group", None)
-        if group is not None:
-            await asyncio.to_thread(group.stop)
+        # Before there is an engine nothing has to be ended in order: the actors go with this process.
+        if getattr(self, "_engine", None) is not None:
+            await asyncio.to_thread(self._group.stop)
+
+
+def _log_with_serve(level: str) -> None:
+    """What raytier logs in this process goes where Serve's own lines go: the terminal and the replica's log file."""
+    ours = logging.getLogger("raytier")
+    ours.setLevel(level)
+    ours.handlers[:] = logging.getLogger("ray.serve").handlers
+    ours.propagate = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ def layered_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -
         num_hidden_layers=20,
         num_key_value_heads=1,
     )
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A directory for a Ray of its own, whose sockets allow no long paths."""
+    with tempfile.TemporaryDirectory(prefix="rt-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
 
 
 @pytest.fixture(scope="session")
