@@ -1,3 +1,5 @@
+"""E2, first version: what is built, what is refused and why."""
+
 from __future__ import annotations
 
 import json

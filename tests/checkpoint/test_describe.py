@@ -1,3 +1,5 @@
+"""D2, E8: parameters to extents, ties, defaults."""
+
 from __future__ import annotations
 
 import json

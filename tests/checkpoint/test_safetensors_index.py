@@ -1,3 +1,5 @@
+"""J2: headers of checkpoints, hostile ones too."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""E8: the tokenizer as a process without transformers gets it."""
+
 from __future__ import annotations
 
 import json

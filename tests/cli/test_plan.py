@@ -1,3 +1,5 @@
+"""C5, first version: `raytier plan`."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""G5: text that never splits a character, stop strings over token borders."""
+
 from __future__ import annotations
 
 import pytest

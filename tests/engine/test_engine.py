@@ -1,3 +1,5 @@
+"""G1, G5, G6: the step loop, streams, cancellation, death."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""G3, first version: which values a request may have."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""G1: continuous batching, chunked prefill, preemption, refusals."""
+
 from __future__ import annotations
 
 import pytest

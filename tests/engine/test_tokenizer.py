@@ -1,3 +1,5 @@
+"""E8: the tokenizer and the chat template, as transformers runs them."""
+
 from __future__ import annotations
 
 from dataclasses import replace

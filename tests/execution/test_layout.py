@@ -1,3 +1,5 @@
+"""D2, D6: what is read when, straight from the checkpoint, and how little beside it."""
+
 from __future__ import annotations
 
 from itertools import pairwise

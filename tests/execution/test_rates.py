@@ -1,3 +1,5 @@
+"""A2, first version: the matrix rate."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""D3, D6: several reads in flight, every byte counted."""
+
 from __future__ import annotations
 
 import errno

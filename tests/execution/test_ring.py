@@ -1,3 +1,5 @@
+"""D1: the ring of streamed bytes."""
+
 from __future__ import annotations
 
 from collections import deque

@@ -1,3 +1,5 @@
+"""C2: embedding rows fetched as needed."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""D1: units arrive ahead of their use, sweep after sweep."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""A1: what is on a node, in any cgroup."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""A2, first version: the disk rate, and the cache of what was measured."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""F1: allocate, extend, free."""
+
 from __future__ import annotations
 
 import random

@@ -1,3 +1,5 @@
+"""F8: leases, reports, and what a dead engine held."""
+
 from __future__ import annotations
 
 import pytest

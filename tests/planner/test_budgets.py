@@ -1,3 +1,5 @@
+"""A4: budgets per tier, absolute caps, one RAM on a CPU node."""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,3 +1,5 @@
+"""C1: predicted seconds per step."""
+
 from __future__ import annotations
 
 import pytest

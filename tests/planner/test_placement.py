@@ -1,3 +1,5 @@
+"""C1, C2, C3, C4: where parameters go, the split with KV, and refusals with numbers."""
+
 from __future__ import annotations
 
 import re

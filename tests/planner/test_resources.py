@@ -1,3 +1,5 @@
+"""C6: bundles, and clusters that cannot hold them."""
+
 from __future__ import annotations
 
 import pytest

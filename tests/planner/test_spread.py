@@ -1,3 +1,5 @@
+"""C2: what leaves the device is spread evenly over the layers."""
+
 from __future__ import annotations
 
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Every refusal: the status, OpenAI's shape, and a message that names the field, the value and the fix."""
+"""H6: every refusal: the status, OpenAI's shape, and a message that names the field, the value and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user of the `openai` package sees."""
+"""H2: what a user of the `openai` package sees."""
 
 from __future__ import annotations
 

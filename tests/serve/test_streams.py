@@ -1,4 +1,4 @@
-"""Event streams to the letter, and requests whose client goes away."""
+"""G5, G6, H2: event streams to the letter, and requests whose client goes away."""
 
 from __future__ import annotations
 

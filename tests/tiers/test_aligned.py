@@ -1,3 +1,5 @@
+"""D3: memory that direct reads can land in."""
+
 from __future__ import annotations
 
 import ctypes

@@ -1,3 +1,5 @@
+"""D4: the node's RAM pool and who has which range of it."""
+
 from __future__ import annotations
 
 import os

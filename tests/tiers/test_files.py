@@ -1,3 +1,5 @@
+"""D3: reads past the page cache, and where that is refused."""
+
 from __future__ import annotations
 
 import ctypes
