@@ -1,4 +1,4 @@
-"""G3, first version: sampling: greedy, temperature, top-k, top-p, and draws that depend on nothing but (seed, sample, position)."""
+"""G3, first version: greedy, temperature, top-k, top-p; draws depend on nothing but (seed, sample, position)."""
 
 from __future__ import annotations
 

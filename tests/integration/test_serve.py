@@ -1,4 +1,7 @@
-"""H2, H6, H7, I1, A6, D4: one application behind Serve: OpenAI's client, deployment handles, many at once, refusals, readers that go away."""
+"""H2, H6, H7, I1, A6, D4: one application behind Serve.
+
+OpenAI's client, deployment handles, many at once, refusals, readers that go away.
+"""
 
 from __future__ import annotations
 
