@@ -28,6 +28,7 @@ from raytier.serve.http import build_api
 
 logger = logging.getLogger(__name__)
 
+#: For errors to reach their readers before Serve ends this process.
 _LAST_WORDS_S = 0.5
 
 
@@ -133,12 +134,10 @@ class LLMServer:
                 await asyncio.to_thread(self._group.ping)
                 return
             except EngineDeadError as error:
-                # What still runs without that actor ends with an error now, which reaches the readers before Serve
-                # ends this process.
                 self._failure = error.message
                 logger.error("%s; this replica ends", error.message)
-                await asyncio.to_thread(self._engine.close)
-                await asyncio.sleep(_LAST_WORDS_S)
+                await asyncio.to_thread(self._engine.close)  # what still runs ends with an error now
+        await asyncio.sleep(_LAST_WORDS_S)
         raise RayActorError(error_msg=f"the engine does not run: {self.health()}")
 
     async def __del__(self) -> None:
