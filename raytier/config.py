@@ -157,7 +157,6 @@ class AppConfig(_Section):
     scheduler: Scheduler = Scheduler()
     compute: Compute = Compute()
     cache_dir: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/raytier"))
-    monitoring_interval_s: float = Field(15, gt=0)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")

@@ -97,7 +97,7 @@ class DeviceActor:
         from raytier.execution.model_runner import ModelRunner
 
         if self._runner is not None:
-            raise RuntimeError(f"{self._name} holds {self._model_id}; unload it first")
+            raise RuntimeError(f"{self._name} holds {self._model_id} already")
         began = time.perf_counter()
         self._runner = ModelRunner.load(
             manifest,
@@ -123,12 +123,6 @@ class DeviceActor:
         self._steps += 1
         self._busy_s += result.stats.wall_s
         return result
-
-    def unload(self) -> None:
-        """Free everything the model holds; a second call does nothing."""
-        runner, self._runner, self._model_id = self._runner, None, None
-        if runner is not None:
-            runner.close()
 
     @ray.method(concurrency_group="control")
     def ping(self) -> str:

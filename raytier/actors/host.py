@@ -47,11 +47,6 @@ class HostPoolActor:
         self._owners[owner] = nbytes
         return ArenaGrant(self._arena.handle, offset, nbytes)
 
-    def free(self, owner: str) -> None:
-        """Take back all ranges of `owner`; unknown owners hold none."""
-        if self._owners.pop(owner, None) is not None:
-            self._allocator.free(owner)
-
     def ping(self) -> str:
         return self._name
 

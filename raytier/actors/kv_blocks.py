@@ -24,10 +24,6 @@ class KVBlockActor:
         """What an engine allocated and freed in one step; idempotent by (epoch, step)."""
         self._ledger.report(engine_id, epoch, step, delta)
 
-    def release(self, engine_id: str) -> None:
-        """An engine ended: its leases and sequences come back."""
-        self._ledger.release(engine_id)
-
     def ping(self) -> str:
         return self._name
 
