@@ -63,18 +63,55 @@ class HostTier(_Section):
     max_mb: float | None = Field(None, ge=0)
 
 
+class RamdiskTier(_Section):
+    """A directory on a tmpfs; `path` null: /dev/shm. `mount`: mount a tmpfs of `size_mb` at `path` (asks for the right)."""
+
+    enabled: bool = False
+    path: str | None = None
+    mount: bool = False
+    size_mb: float = Field(1024, gt=0)
+    usable_percent: float = Field(95, gt=0, le=100)
+    cleanup_on_exit: bool = True
+
+    @model_validator(mode="after")
+    def _mount_has_a_place(self) -> RamdiskTier:
+        if self.path is not None and not Path(self.path).is_absolute():
+            raise ValueError("path must be absolute")
+        if self.mount and self.path is None:
+            raise ValueError("mount needs a path to mount at")
+        return self
+
+
 class NvmeTier(_Section):
-    """Disk: parameters at source precision are read in place from the checkpoint's own files."""
+    """Disk. Without `paths`, parameters are read in place from the checkpoint's own files, and nothing is written.
+
+    With `paths`, what the tier holds is copied there, striped over all of them in stripes of `stripe_mb`;
+    `min_free_gb` of every one stays free.
+    """
 
     enabled: bool = True
+    paths: tuple[str, ...] = ()
     max_gb: float | None = Field(None, ge=0)
+    min_free_gb: float = Field(5, ge=0)
+    stripe_mb: float = Field(16, ge=0.0625, le=1024)
     io_threads: int = Field(4, ge=1, le=64)
     io_mb: float = Field(8, ge=0.0625, le=256)
+
+    @field_validator("paths")
+    @classmethod
+    def _absolute(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        relative = [path for path in value if not Path(path).is_absolute()]
+        if relative:
+            raise ValueError(f"must be absolute directories, {relative} are not")
+        if len({os.path.realpath(path) for path in value}) < len(value):
+            raise ValueError("a directory is named twice")
+        return value
 
 
 class Tiers(_Section):
     device: DeviceTier = DeviceTier()
     host: HostTier = HostTier()
+    ramdisk: RamdiskTier = RamdiskTier()
     nvme: NvmeTier = NvmeTier()
 
 
@@ -86,7 +123,7 @@ class PlacementRule(_Section):
     """
 
     pattern: str = Field(min_length=1)
-    tier: Literal["device", "host", "nvme"]
+    tier: Literal["device", "host", "ramdisk", "nvme"]
     priority: int = 99
 
     @field_validator("pattern")
@@ -129,9 +166,19 @@ class KVCache(_Section):
 
 
 class Scheduler(_Section):
+    """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: as many as keep running streams
+    going while a prompt is read, but no fewer than what the sweep's reading hides."""
+
     max_num_seqs: int = Field(32, ge=1, le=4096)
-    max_num_batched_tokens: int = Field(512, ge=1)
+    max_num_batched_tokens: int | Auto = "auto"
     max_queue: int = Field(256, ge=1)
+
+    @field_validator("max_num_batched_tokens")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
 
 
 class Compute(_Section):
@@ -146,10 +193,13 @@ class Compute(_Section):
 
 
 class AppConfig(_Section):
-    """`args:` of `raytier.serve:build_app`."""
+    """`args:` of `raytier.serve:build_app`.
+
+    `startup_model`: loaded when the application starts; auto = the first of `models`, null = none until a load request.
+    """
 
     models: tuple[ModelEntry, ...] = Field(min_length=1)
-    startup_model: str | None = None
+    startup_model: str | None = "auto"
     tiers: Tiers = Tiers()
     placement: Placement = Placement()
     prefetch: Prefetch = Prefetch()
@@ -164,7 +214,7 @@ class AppConfig(_Section):
         names = [m.model_id for m in self.models]
         if len(set(names)) != len(names):
             raise ValueError(f"models: duplicate model_id in {names}")
-        if self.startup_model is not None and self.startup_model not in names:
+        if self.startup_model not in (None, "auto", *names):
             raise ValueError(f"startup_model: {self.startup_model!r} is not one of {names}")
         if len(self.models) > 1:
             raise ValueError(f"models: one model per application in this version, {len(self.models)} given: {names}")
@@ -172,7 +222,7 @@ class AppConfig(_Section):
 
     @property
     def model(self) -> ModelEntry:
-        """The model that is loaded at start."""
+        """The model that this application serves."""
         return self.models[0]
 
 

@@ -92,7 +92,7 @@ def local_engine(model_dir: Path, device: str = "cpu", **settings: Any) -> Itera
         Tokenizer(description.tokenizer),
         pool,
         description.defaults,
-        EngineConfig(config.scheduler, manifest.max_context, manifest.vocab_size),
+        EngineConfig(config.scheduler, share.max_num_batched_tokens, manifest.max_context, manifest.vocab_size),
     )
     try:
         yield LocalEngine(engine, runner, plan, manifest)

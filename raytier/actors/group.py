@@ -133,7 +133,9 @@ class ActorGroup:
             tokenizer=Tokenizer(description.tokenizer),
             block_pool=pool,
             defaults=description.defaults,
-            config=EngineConfig(config.scheduler, manifest.max_context, manifest.vocab_size, epoch),
+            config=EngineConfig(
+                config.scheduler, share.max_num_batched_tokens, manifest.max_context, manifest.vocab_size, epoch
+            ),
             on_step=StepReporter(model_id, kv, disk),
         )
         return self.engine

@@ -39,12 +39,14 @@ class EngineConfig:
 
     Attributes:
         scheduler: the application's `scheduler` section.
+        max_num_batched_tokens: tokens that a step carries at most, as planned.
         max_context: longest sequence in tokens, prompt included.
         vocab_size: of the model; prompts with other ids are refused before they reach the executor.
         epoch: which life of the engine this is; carried by every step and report.
     """
 
     scheduler: SchedulerConfig
+    max_num_batched_tokens: int
     max_context: int
     vocab_size: int
     epoch: int = 0
@@ -86,7 +88,7 @@ class Engine:
         self.config = config
         section = config.scheduler
         limits = SchedulerLimits(
-            section.max_num_seqs, section.max_num_batched_tokens, section.max_queue, config.max_context
+            section.max_num_seqs, config.max_num_batched_tokens, section.max_queue, config.max_context
         )
         self._executor = executor
         self._pool = block_pool

@@ -20,6 +20,7 @@ from raytier.planner.solver import Depth, Solution, Solver, depths
 
 #: Of what a fully resident model leaves free beyond the expected KV, KV takes this share.
 KV_SHARE_OF_REST = 0.6
+DEFAULT_STEP_TOKENS = 512
 
 
 def plan_weights(
@@ -42,6 +43,9 @@ def plan_weights(
         ResourceNotAvailableError: the asked-for device does not exist.
     """
     kind = resolve_kind(inventory, config) if kind is None else kind
+    tokens = DEFAULT_STEP_TOKENS
+    if config.scheduler.max_num_batched_tokens != "auto":
+        tokens = config.scheduler.max_num_batched_tokens
     case = Case(
         manifest=manifest,
         inventory=inventory,
@@ -50,9 +54,7 @@ def plan_weights(
         kind=kind,
         budgets=node_budgets(inventory, config, kind, device_index=device_index),
         demand=kv_demand(manifest, config),
-        activation_bytes=activation_bytes(
-            manifest, config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
-        ),
+        activation_bytes=activation_bytes(manifest, tokens, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
     )
     for device_room in _rule_rooms(case):
@@ -90,9 +92,12 @@ def plan_weights(
                 kv_blocks=blocks,
                 kv_bytes=blocks * case.demand.block_bytes,
                 activation_bytes=case.activation_bytes,
+                max_num_batched_tokens=tokens,
+                packed=False,
             ),
         ),
         host_bytes=sizes[Tier.HOST],
+        ramdisk_bytes=sizes[Tier.RAMDISK],
         nvme_bytes=sizes[Tier.NVME],
         streamed_bytes=sweep.streamed_bytes,
         predictions=tuple(predict_step(sweep, rates, batch) for batch in BATCHES),

@@ -12,7 +12,12 @@ class Tier(StrEnum):
 
     DEVICE = "device"
     HOST = "host"
+    RAMDISK = "ramdisk"
     NVME = "nvme"
+
+
+#: Tiers whose parameters are read into the ring in every sweep.
+FILE_TIERS = (Tier.RAMDISK, Tier.NVME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,9 @@ class DevicePlan:
         window: decoder layers that the ring can hold ahead of the one that computes.
         head_chunk_rows: vocabulary rows per chunk of a streamed output head; 0 when it is resident.
         kv_blocks: KV blocks of `block_size` tokens, the null block included.
+        max_num_batched_tokens: tokens that one step carries at most.
+        packed: resident linear layers are kept in the layout of the CPU's matrix kernel, because that was measured
+            to be faster.
     """
 
     index: int
@@ -52,6 +60,8 @@ class DevicePlan:
     kv_blocks: int
     kv_bytes: int
     activation_bytes: int
+    max_num_batched_tokens: int
+    packed: bool
 
     def __post_init__(self) -> None:
         used = self.resident_bytes + self.ring_bytes + self.kv_bytes + self.activation_bytes
@@ -80,8 +90,9 @@ class WeightPlan:
     Attributes:
         placements: one per parameter of the manifest, in its order.
         host_bytes: bytes of parameters in the node's RAM pool.
-        nvme_bytes: bytes of parameters left in the checkpoint files.
-        streamed_bytes: bytes a decode step streams from disk (the embedding counts only as rows).
+        ramdisk_bytes: bytes of parameters copied to the ramdisk.
+        nvme_bytes: bytes of parameters left in the checkpoint files, or copied to the disk tier's directories.
+        streamed_bytes: bytes a decode step streams from ramdisk and disk (the embedding counts only as rows).
         predictions: decode steps at batch 1, 8 and 32.
         first_token_seconds: predicted time to first token of a 128-token prompt.
         warnings: what the user should know (a rule that fell through, unused GPUs, ...).
@@ -91,6 +102,7 @@ class WeightPlan:
     placements: tuple[ParameterPlacement, ...]
     devices: tuple[DevicePlan, ...]
     host_bytes: int
+    ramdisk_bytes: int
     nvme_bytes: int
     streamed_bytes: int
     predictions: tuple[Prediction, ...]

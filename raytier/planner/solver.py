@@ -83,7 +83,7 @@ class Solver:
         self._rates = rates
         self._fixed = dict(fixed)
         self._streaming = (Tier.NVME, Tier.HOST) if kind == "cuda" else (Tier.NVME,)
-        self._base = {Tier.DEVICE: activation_bytes, Tier.HOST: 0, Tier.NVME: 0}
+        self._base = {Tier.DEVICE: activation_bytes, Tier.HOST: 0, Tier.RAMDISK: 0, Tier.NVME: 0}
         self._free: list[list[Parameter]] = [[] for _ in range(manifest.num_layers)]
         self._fixed_stream: list[list[Parameter]] = [[] for _ in range(manifest.num_layers)]
         self._fixed_nvme = [0] * manifest.num_layers

@@ -93,7 +93,10 @@ class House:
             pool,
             defaults or GenerationDefaults(),
             EngineConfig(
-                SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_queue=queue), max_context, VOCAB
+                SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_queue=queue),
+                tokens,
+                max_context,
+                VOCAB,
             ),
             on_step,
         )

@@ -92,7 +92,7 @@ class Served:
         self.pool = BlockPool(4)
         self.pool.add_extent(1, blocks)
         defaults = GenerationDefaults(temperature=0.0, stop_token_ids=tokenizer.spec.eos_token_ids)
-        config = EngineConfig(scheduler, max_context, tokenizer.vocab_size)
+        config = EngineConfig(scheduler, scheduler.max_num_batched_tokens, max_context, tokenizer.vocab_size)
         self.only = Engine(MODEL, self.executor, tokenizer, self.pool, defaults, config)
         self.reason: str | None = None
 
