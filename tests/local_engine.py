@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
-from raytier.execution.layout import host_units
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
 from raytier.kv.block_pool import BlockPool
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
-from raytier.tiers.arena import Arena
+from raytier.tiers.aligned import align_up
+from raytier.tiers.arena import Arena, RangeAllocator
 
 #: How much of the weights is streamed, as placement rules.
 PLACEMENTS: dict[str, list[dict[str, str]]] = {
@@ -65,22 +65,32 @@ class LocalEngine:
 
 
 @contextmanager
-def local_engine(model_dir: Path, device: str = "cpu", **settings: Any) -> Iterator[LocalEngine]:
-    """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it."""
+def local_engine(
+    model_dir: Path, device: str = "cpu", packed: bool | None = None, **settings: Any
+) -> Iterator[LocalEngine]:
+    """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it.
+
+    `packed` overrides what the plan says about the layout of resident linear layers.
+    """
     config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
     description = describe_model(str(model_dir))
     config = description.configure(config)
     manifest = description.manifest
     plan = plan_weights(manifest, take_inventory(), DEFAULT_RATES, config, kind=device.partition(":")[0])
     share = plan.devices[0]
+    if packed is not None:
+        share = replace(share, packed=packed)
+        plan = replace(plan, devices=(share,))
     nvme = config.tiers.nvme
-    host_bytes = sum(unit.nbytes for unit in host_units(manifest, plan.tier_of))
-    arena = Arena.create("raytier-test", host_bytes) if host_bytes else None
+    on_host = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.HOST]
+    ranges = RangeAllocator(sum(align_up(p.nbytes) for p in on_host))
+    arena = Arena.create("raytier-test", ranges.capacity) if ranges.capacity else None
+    places = {p.name: ranges.allocate(p.name, p.nbytes) for p in on_host}
     runner = ModelRunner.load(
         manifest,
         plan,
         device=device,
-        arena=(arena.handle, 0, host_bytes) if arena is not None else None,
+        host_views={p.name: arena.view[places[p.name] : places[p.name] + p.nbytes] for p in on_host if arena},
         io_threads=nvme.io_threads,
         io_bytes=int(nvme.io_mb * 2**20),
     )

@@ -7,19 +7,25 @@ sampler of the models it runs. `step` has a thread of its own, so that a sweep o
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.engine.step import StepBatch, StepResult
+from raytier.errors import InvalidRequestError
+from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
-from raytier.planner.plan import WeightPlan
-from raytier.tiers.arena import ArenaHandle
+from raytier.planner.plan import Tier, WeightPlan
+from raytier.tiers.arena import Arena, ArenaHandle
+from raytier.tiers.copies import TierCopy
 
 if TYPE_CHECKING:
     from raytier.execution.model_runner import ModelRunner
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ArenaGrant:
-    """A range of the node's host pool that a device may fill with a model's host-tier parameters."""
+    """A range of the node's host pool that a device may fill with one parameter."""
 
     handle: ArenaHandle
     offset: int
@@ -35,8 +41,37 @@ class ArenaGrant:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Parameters that are to change their tier, all together.
+
+    Attributes:
+        grants: for HOST, the range of the arena for each of `names`.
+        copies: for RAMDISK, and for NVME with directories of its own, where each has been copied to. Without a copy,
+            NVME means the checkpoint's files.
+    """
+
+    names: tuple[str, ...]
+    destination: Tier
+    grants: Mapping[str, ArenaGrant] = field(default_factory=dict)
+    copies: Mapping[str, TierCopy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MoveResult:
+    """Bytes that moved, seconds it took, and the tier that each parameter came from (those that were there: none)."""
+
+    nbytes: int
+    seconds: float
+    sources: dict[str, Tier]
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """What a device holds and has done. Sizes in bytes, times in seconds."""
+    """What a device holds and has done. Sizes in bytes, times in seconds.
+
+    Attributes:
+        bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
+    """
 
     name: str
     pid: int
@@ -51,12 +86,16 @@ class DeviceStatus:
     steps: int
     busy_s: float
     bytes_read: int
+    bytes_loaded: int
+    bytes_to_load: int
 
 
 class DeviceActor:
     """Runs steps. At most one call per step: a step number that does not follow the last is refused."""
 
     def __init__(self, name: str, kind: str, threads: int) -> None:
+        # First touch of small pages is the dearest part of filling memory; torch reads this when it is imported.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         # All that computing needs, so that what the process takes without a model is known before it loads one.
         from raytier.execution import model_runner  # noqa: F401
         from raytier.execution.device import use_device
@@ -66,6 +105,8 @@ class DeviceActor:
         self._device = use_device(kind, threads)
         self._runner: ModelRunner | None = None
         self._model_id: str | None = None
+        self._arena: Arena | None = None
+        self._began = 0.0
         self._last: tuple[int, int] = (-1, 0)
         self._steps = 0
         self._busy_s = 0.0
@@ -85,11 +126,16 @@ class DeviceActor:
         model_id: str,
         manifest: ModelManifest,
         plan: WeightPlan,
-        arena: ArenaGrant | None,
+        grants: Mapping[str, ArenaGrant],
+        copies: Mapping[str, TierCopy],
         io_threads: int,
         io_bytes: int,
     ) -> float:
-        """Load `plan`'s share of a model; returns the seconds it took.
+        """Load `plan`'s share of a model; returns the seconds until steps may run, which is before all is read.
+
+        Args:
+            grants: ranges of the host pool, one per host-tier parameter.
+            copies: where the parameters lie that are on the ramdisk or in directories of the disk tier.
 
         Raises:
             CheckpointError: a file changed or ends early. UnsupportedModelError: see the message.
@@ -98,28 +144,93 @@ class DeviceActor:
 
         if self._runner is not None:
             raise RuntimeError(f"{self._name} holds {self._model_id} already")
-        began = time.perf_counter()
-        self._runner = ModelRunner.load(
-            manifest,
-            plan,
-            device=self._device,
-            arena=None if arena is None else (arena.handle, arena.offset, arena.nbytes),
-            io_threads=io_threads,
-            io_bytes=io_bytes,
-        )
+        self._began = time.perf_counter()
+        try:
+            self._runner = ModelRunner.load(
+                manifest,
+                plan,
+                device=self._device,
+                host_views=self._views(grants),
+                copies=copies,
+                io_threads=io_threads,
+                io_bytes=io_bytes,
+            )
+        except BaseException:
+            self._give_back()
+            raise
         self._model_id = model_id
         self._last = (-1, 0)
-        return time.perf_counter() - began
+        return time.perf_counter() - self._began
+
+    @ray.method(concurrency_group="control")
+    def loaded(self) -> float:
+        """Wait until all that stays in memory has been read; seconds since loading began.
+
+        Raises:
+            CheckpointError, TierError: reading failed.
+        """
+        self._running(self._model_id).wait_loaded()
+        return time.perf_counter() - self._began
+
+    def unload(self, model_id: str) -> None:
+        """Free everything of the model. Steps, which this follows, have ended; a move that runs fails."""
+        runner = self._running(model_id)
+        self._runner = self._model_id = None
+        runner.close()
+        del runner
+        self._give_back()
+
+    @ray.method(concurrency_group="transfers")
+    def move(self, model_id: str, move: Move) -> MoveResult:
+        """Move parameters to another tier, beside running steps; the change is made between two of them.
+
+        Raises:
+            InvalidRequestError: a parameter is unknown or cannot move. ResourceNotAvailableError: the device is full.
+            TierError, CheckpointError: reading failed. In all cases nothing has changed.
+        """
+        began = time.perf_counter()
+        runner = self._running(model_id)
+        sources = runner.move(move.names, move.destination, self._views(move.grants), move.copies)
+        moved = sum(p.nbytes for p in runner.parameters() if p.name in sources)
+        return MoveResult(moved, time.perf_counter() - began, sources)
+
+    @ray.method(concurrency_group="control")
+    def layers(self) -> tuple[ParameterStatus, ...]:
+        """Where every parameter of the loaded model is now; none without a model."""
+        runner = self._runner
+        return runner.parameters() if runner is not None else ()
+
+    def _running(self, model_id: str | None) -> ModelRunner:
+        runner = self._runner
+        if runner is None or model_id != self._model_id:
+            raise InvalidRequestError(f"{self._name} holds {self._model_id}, not {model_id}", param="model")
+        return runner
+
+    def _views(self, grants: Mapping[str, ArenaGrant]) -> dict[str, memoryview]:
+        """The granted memory by name."""
+        views = {}
+        for name, grant in grants.items():
+            if self._arena is None:
+                self._arena = Arena.attach(grant.handle)
+            views[name] = self._arena.view[grant.offset : grant.offset + grant.nbytes]
+        return views
+
+    def _give_back(self) -> None:
+        """Let the system have what a model held; allocators would keep part of it."""
+        gc.collect()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        ctypes.CDLL(None).malloc_trim(0)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step of the loaded model."""
-        if self._runner is None or batch.model_id != self._model_id:
-            raise RuntimeError(f"{self._name} holds {self._model_id}, not {batch.model_id}")
+        runner = self._running(batch.model_id)
         epoch, last = self._last
         if batch.epoch < epoch or batch.step != (last + 1 if batch.epoch == epoch else 1):
             raise RuntimeError(f"step {batch.epoch}.{batch.step} does not follow {epoch}.{last}: one call per step")
         self._last = (batch.epoch, batch.step)
-        result = self._runner.step(batch)
+        result = runner.step(batch)
         self._steps += 1
         self._busy_s += result.stats.wall_s
         return result
@@ -130,7 +241,9 @@ class DeviceActor:
 
     @ray.method(concurrency_group="control")
     def status(self) -> DeviceStatus:
-        memory = self._runner.memory() if self._runner is not None else {}
+        runner = self._runner
+        memory = runner.memory() if runner is not None else {}
+        loaded, to_load = runner.progress if runner is not None else (0, 0)
         return DeviceStatus(
             name=self._name,
             pid=os.getpid(),
@@ -144,10 +257,13 @@ class DeviceActor:
             max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             steps=self._steps,
             busy_s=self._busy_s,
-            bytes_read=self._runner.bytes_read if self._runner is not None else 0,
+            bytes_read=runner.bytes_read if runner is not None else 0,
+            bytes_loaded=loaded,
+            bytes_to_load=to_load,
         )
 
 
 def remote_device_actor() -> Any:
-    """The actor class as Ray wants it; one compute thread, two for control."""
-    return ray.remote(concurrency_groups={"control": 2})(DeviceActor)  # type: ignore[call-overload]
+    """The actor class as Ray wants it: one thread that computes, one that moves parameters, three for control, of which
+    one may wait for the end of loading."""
+    return ray.remote(concurrency_groups={"control": 3, "transfers": 1})(DeviceActor)  # type: ignore[call-overload]

@@ -64,10 +64,12 @@ class StepStats:
     """What one step cost. Bytes are exact counters, seconds are wall clock in the executing process.
 
     Attributes:
-        bytes_streamed: parameter bytes this step consumed that came from disk.
-        bytes_read: bytes read from disk by this process since its last step (alignment included;
-            prefetches for the next sweep count when they are read).
-        reads: read requests behind `bytes_read`.
+        bytes_streamed: parameter bytes this step consumed that came from ramdisk or disk.
+        bytes_streamed_ramdisk: of these, what came from the ramdisk.
+        bytes_read: bytes read from ramdisk and disk by this process since its last step (alignment included;
+            prefetches for the next sweep count when they are read, and so do transfers).
+        bytes_read_ramdisk: of these, what came from the ramdisk.
+        reads, reads_ramdisk: read requests behind them.
         io_wait_s: time the compute thread waited for the ring.
         compute_s: step time without `io_wait_s`.
     """
@@ -75,8 +77,11 @@ class StepStats:
     num_tokens: int = 0
     num_sequences: int = 0
     bytes_streamed: int = 0
+    bytes_streamed_ramdisk: int = 0
     bytes_read: int = 0
+    bytes_read_ramdisk: int = 0
     reads: int = 0
+    reads_ramdisk: int = 0
     io_wait_s: float = 0.0
     compute_s: float = 0.0
     wall_s: float = 0.0

@@ -4,21 +4,22 @@ A *unit* is what the ring holds and frees as one: the streamed parameters of a d
 vocabulary rows of the output head. Pure functions over the manifest; nothing is opened here.
 
 Reads are aligned outward for O_DIRECT, so bytes keep their file offset modulo `ALIGNMENT`: a parameter starts
-anywhere in its unit and is used in place. Only what cannot be used in place (several separate extents, or a file
-offset that its dtype cannot start at) is copied together, into space behind the reads, by `assemble`.
+anywhere in its unit and is used in place. So is one whose extents meet at block borders (stripes of a tier's files):
+they are read one behind the other. Only what cannot be used in place (other separate extents, or a file offset that
+its dtype cannot start at) is copied together, into space behind the reads, by `assemble`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile
 from raytier.errors import CheckpointError
-from raytier.planner.plan import Tier
-from raytier.tiers.aligned import align_down, align_up
+from raytier.planner.plan import FILE_TIERS, Tier
+from raytier.tiers.aligned import ALIGNMENT, align_down, align_up
 
 #: Bytes between wanted ranges that may be read along to save a request ...
 MAX_GAP = 64 << 10
@@ -115,10 +116,11 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
     for extent in (e for group in extents for e in group):
         if extent.offset + extent.nbytes > files[extent.file].size:
             raise CheckpointError(f"{name}: {extent} reaches beyond the {files[extent.file].size} bytes of its file")
-    runs = _runs([extent for group in extents for extent in group], files)
+    chained = [len(group) > 1 and _meet_at_blocks(group) for group in extents]
+    alone = [extent for group, chain in zip(extents, chained, strict=True) if not chain for extent in group]
     reads: list[Read] = []
     end = 0
-    for file, start, stop in runs:
+    for file, start, stop in _runs(alone, files):
         reads.append(Read(file, start, stop - start, end))
         end += align_up(stop - start)
     starts = [(read.file, read.offset) for read in reads]
@@ -128,9 +130,19 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
         return read.dest + extent.offset - read.offset
 
     members: list[Member] = []
-    for piece, group in zip(pieces, extents, strict=True):
-        placed = tuple((place(extent), extent.nbytes) for extent in group)
+    chains: list[Read] = []
+    for piece, group, chain in zip(pieces, extents, chained, strict=True):
         nbytes = sum(extent.nbytes for extent in group)
+        if chain:
+            offset = end + group[0].offset % ALIGNMENT
+            for extent in group:
+                start = align_down(extent.offset)
+                stop = min(align_up(extent.offset + extent.nbytes), files[extent.file].size)
+                chains.append(Read(extent.file, start, stop - start, end))
+                end += align_up(stop - start)
+            placed: tuple[tuple[int, int], ...] = ((offset, nbytes),)
+        else:
+            placed = tuple((place(extent), extent.nbytes) for extent in group)
         offset = placed[0][0] if placed else 0
         in_place = len(placed) <= 1 and offset % DTYPE_BYTES[piece.parameter.dtype] == 0
         if not in_place:
@@ -138,7 +150,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
             end = offset + nbytes
         sources = () if in_place else placed
         members.append(Member(piece.parameter.name, offset, nbytes, piece.row_start, piece.row_stop, sources))
-    return StreamUnit(name, align_up(end), tuple(reads), tuple(members), layer)
+    return StreamUnit(name, align_up(end), (*reads, *chains), tuple(members), layer)
 
 
 def assemble(unit: StreamUnit, view: memoryview) -> None:
@@ -154,7 +166,7 @@ def sweep_units(
     manifest: ModelManifest,
     tier_of: Mapping[str, Tier],
     head_chunk_rows: int,
-    streamed_tiers: Collection[Tier] = (Tier.NVME,),
+    streamed_tiers: Collection[Tier] = FILE_TIERS,
 ) -> tuple[StreamUnit, ...]:
     """Everything that one sweep streams, in the order of its use: decoder layers, then chunks of the output head.
 
@@ -179,48 +191,14 @@ def sweep_units(
     return tuple(units)
 
 
-def resident_units(manifest: ModelManifest, names: Iterable[str]) -> tuple[StreamUnit, ...]:
-    """Units that hold the named parameters whole, to be read right to where they stay: one per decoder layer, one
-    for each large parameter outside of the layers, one for the small ones there."""
-    groups: dict[object, list[Piece]] = {}
-    for name in names:
-        parameter = manifest.by_name[name]
-        key = parameter.layer if parameter.layer is not None else parameter.role
-        groups.setdefault(key, []).append(whole(parameter))
-    return tuple(build_unit(f"resident {key}", pieces, manifest.files) for key, pieces in groups.items())
+def parameter_unit(manifest: ModelManifest, name: str) -> StreamUnit:
+    """The unit that holds one parameter whole."""
+    return build_unit(name, [whole(manifest.by_name[name])], manifest.files)
 
 
-def host_units(manifest: ModelManifest, tier_of: Mapping[str, Tier]) -> tuple[StreamUnit, ...]:
-    """How the host-tier parameters lie in the node's arena, one unit behind the other."""
-    return resident_units(manifest, (p.name for p in manifest.parameters if tier_of[p.name] is Tier.HOST))
-
-
-def resident_reads(manifest: ModelManifest, names: Iterable[str], unit_bytes: int = 64 << 20) -> tuple[StreamUnit, ...]:
-    """Units of about `unit_bytes` that together hold the named parameters once, in the order of the files.
-
-    Large parameters are split by rows, so a loader needs little more memory than what it fills.
-    """
-    parameters = [manifest.by_name[name] for name in names]
-    parameters.sort(key=lambda p: [(extent.file, extent.offset) for extent in p.extents[:1]])
-    units: list[StreamUnit] = []
-    pieces: list[Piece] = []
-    filled = 0
-
-    def flush() -> None:
-        if pieces:
-            units.append(build_unit(f"resident {len(units)}", pieces, manifest.files))
-            pieces.clear()
-
-    for parameter in parameters:
-        for piece in _split(parameter, max(1, unit_bytes // max(1, row_bytes(parameter)))):
-            nbytes = (piece.row_stop - piece.row_start) * row_bytes(parameter)
-            if filled + nbytes > unit_bytes:
-                flush()
-                filled = 0
-            pieces.append(piece)
-            filled += nbytes
-    flush()
-    return tuple(units)
+def host_nbytes(parameter: Parameter) -> int:
+    """Bytes that a host-tier parameter takes in the node's arena: its own, packed."""
+    return parameter.nbytes
 
 
 def row_unit(parameter: Parameter, rows: Sequence[int], files: Sequence[SourceFile]) -> StreamUnit:
@@ -260,6 +238,13 @@ def _extents(piece: Piece) -> Iterator[Extent]:
         position += extent.nbytes
     if last:
         yield last
+
+
+def _meet_at_blocks(extents: Sequence[Extent]) -> bool:
+    """Whether each extent but the first starts, and each but the last ends, at a border of blocks."""
+    return all(e.offset % ALIGNMENT == 0 for e in extents[1:]) and all(
+        (e.offset + e.nbytes) % ALIGNMENT == 0 for e in extents[:-1]
+    )
 
 
 def _runs(extents: Sequence[Extent], files: Sequence[SourceFile]) -> list[tuple[int, int, int]]:

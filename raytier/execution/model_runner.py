@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,25 +11,27 @@ from raytier.checkpoint.architecture import build_meta, decoder_layers, load_con
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.engine.step import StepBatch, StepResult, StepStats
 from raytier.execution.attention import ForwardContext, forward_context
+from raytier.execution.binding import TORCH_DTYPES
+from raytier.execution.gate import SweepGate
 from raytier.execution.kv_store import KVStore
-from raytier.execution.reader import ReaderPool
+from raytier.execution.parameters import ParameterStatus
+from raytier.execution.reader import ReadCount
 from raytier.execution.sampler import sample
-from raytier.execution.weights import TORCH_DTYPES, Weights
-from raytier.planner.plan import WeightPlan
+from raytier.execution.sources import Sources
+from raytier.execution.weights import Weights
+from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
+from raytier.planner.sizing import resident_nbytes
 from raytier.tiers.aligned import ALIGNMENT
-from raytier.tiers.arena import Arena, ArenaHandle
-from raytier.tiers.files import DirectFile
+from raytier.tiers.copies import TierCopy
 
 
 class ModelRunner:
     """A `StepExecutor` in this process. Not thread-safe: one step at a time."""
 
-    def __init__(self, manifest: ModelManifest, plan: WeightPlan, device: torch.device, pool: ReaderPool) -> None:
-        self._manifest = manifest
+    def __init__(self, manifest: ModelManifest, share: DevicePlan, device: torch.device, sources: Sources) -> None:
         self._device = device
-        self._pool = pool
-        self._share = plan.devices[0]
-        self._arena: Arena | None = None
+        self._sources = sources
+        self._gate = SweepGate()
         self._weights: Weights
         self._model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
         for module in self._model.modules():
@@ -36,12 +39,14 @@ class ModelRunner:
                 module._buffers[name] = buffer if buffer is None else buffer.to(device)
         self.kv = KVStore(
             manifest.kv_layers,
-            self._share.kv_blocks,
-            self._share.block_size,
+            share.kv_blocks,
+            share.block_size,
             TORCH_DTYPES[manifest.compute_dtype],
             device,
         )
-        self._seen_bytes = self._seen_reads = 0
+        self._seen = self._read_counts()
+        self._steps = 0
+        self._last_step = 0.0
 
     @classmethod
     def load(
@@ -50,53 +55,58 @@ class ModelRunner:
         plan: WeightPlan,
         *,
         device: str,
-        arena: tuple[ArenaHandle, int, int] | None = None,
+        host_views: Mapping[str, memoryview] | None = None,
+        copies: Mapping[str, TierCopy] | None = None,
         io_threads: int,
         io_bytes: int,
     ) -> ModelRunner:
-        """Build the model, load what the plan keeps in memory, and begin to stream the rest.
+        """Build the model and begin to read what the plan keeps in memory and to stream the rest.
+
+        Steps may run at once: a layer waits for its own bytes.
 
         Args:
             device: "cpu" or "cuda:N".
-            arena: handle, offset and bytes of the range for host-tier parameters.
+            host_views: writable bytes in the node's arena of each host-tier parameter.
+            copies: where the parameters lie that the plan has on the ramdisk or in directories of the disk tier.
             io_threads, io_bytes: reads in flight and largest read, in bytes.
 
         Raises:
             CheckpointError, TierError, UnsupportedModelError: as the message says; nothing is left behind.
         """
-        files: list[DirectFile] = []
-        pool: ReaderPool | None = None
-        runner: ModelRunner | None = None
+        sources = Sources(manifest, io_threads, max(ALIGNMENT, io_bytes // ALIGNMENT * ALIGNMENT))
         try:
-            for file in manifest.files:
-                files.append(DirectFile(file.path, file.size))
-            pool = ReaderPool(files, io_threads, max(ALIGNMENT, io_bytes // ALIGNMENT * ALIGNMENT))
+            for tier in FILE_TIERS:
+                on_tier = {name: copy for name, copy in (copies or {}).items() if plan.tier_of[name] is tier}
+                sources.adopt(sources.relocated(on_tier, tier))
             target = torch.device(device)
-            runner = cls(manifest, plan, target, pool)
-            host_view = None
-            if arena is not None:
-                handle, offset, nbytes = arena
-                runner._arena = Arena.attach(handle)
-                host_view = runner._arena.view[offset : offset + nbytes]
+            runner = cls(manifest, plan.devices[0], target, sources)
             runner._weights = Weights(
                 runner._model,
                 decoder_layers(runner._model),
-                manifest,
+                sources,
                 plan.tier_of,
-                runner._share,
+                plan.devices[0],
                 target,
-                pool,
-                host_view,
+                host_views or {},
+                runner._gate,
             )
             return runner
         except BaseException:
-            if runner is not None and runner._arena is not None:
-                runner._arena.close()
-            if pool is not None:
-                pool.close()
-            for opened in files:
-                opened.close()
+            sources.close()
             raise
+
+    def wait_loaded(self) -> None:
+        """Return when all that the plan keeps in memory is there, in its final layout.
+
+        Raises:
+            CheckpointError, TierError: reading failed.
+        """
+        self._weights.wait_loaded()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes read of what is to be in memory, and all of it."""
+        return self._weights.bytes_loaded, self._weights.bytes_to_load
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step.
@@ -105,28 +115,66 @@ class ModelRunner:
             TierError: reading failed; the next step starts a new sweep.
         """
         began = time.perf_counter()
-        streamed, waited = self._weights.bytes_streamed, self._weights.io_wait_s
-        try:
-            with torch.inference_mode():
-                tokens = self._forward(batch)
-        except BaseException:
-            self._weights.abandon_sweep()
-            raise
+        weights = self._weights
+        with self._gate.sweep():
+            streamed, waited = (weights.bytes_streamed, weights.bytes_streamed_ramdisk), weights.io_wait_s
+            try:
+                with torch.inference_mode():
+                    tokens = self._forward(batch)
+            except BaseException:
+                weights.abandon_sweep()
+                raise
+        self._steps += 1
+        self._last_step = time.time()
         wall = time.perf_counter() - began
-        waited = self._weights.io_wait_s - waited
+        waited = weights.io_wait_s - waited
+        (everything, ramdisk), before = self._read_counts(), self._seen
+        self._seen = (everything, ramdisk)
         stats = StepStats(
             num_tokens=batch.num_tokens,
             num_sequences=len(batch.chunks),
-            bytes_streamed=self._weights.bytes_streamed - streamed,
-            bytes_read=self._pool.bytes_read - self._seen_bytes,
-            reads=self._pool.reads - self._seen_reads,
+            bytes_streamed=weights.bytes_streamed - streamed[0],
+            bytes_streamed_ramdisk=weights.bytes_streamed_ramdisk - streamed[1],
+            bytes_read=everything.nbytes - before[0].nbytes,
+            bytes_read_ramdisk=ramdisk.nbytes - before[1].nbytes,
+            reads=everything.reads - before[0].reads,
+            reads_ramdisk=ramdisk.reads - before[1].reads,
             io_wait_s=waited,
             compute_s=wall - waited,
             wall_s=wall,
         )
-        self._seen_bytes += stats.bytes_read
-        self._seen_reads += stats.reads
         return StepResult(batch.step, tokens, stats)
+
+    def move(
+        self,
+        names: Sequence[str],
+        destination: Tier,
+        host_views: Mapping[str, memoryview],
+        copies: Mapping[str, TierCopy],
+    ) -> dict[str, Tier]:
+        """Move parameters to another tier while steps run; see `Weights.move`."""
+        return self._weights.move(names, destination, host_views, copies)
+
+    def parameters(self) -> tuple[ParameterStatus, ...]:
+        """Where every parameter is now. All of them are used once in a step."""
+        weights, manifest = self._weights, self._weights.manifest
+        return tuple(
+            ParameterStatus(
+                name=p.name,
+                layer=p.layer,
+                tier=weights.tier_of[p.name],
+                nbytes=p.nbytes,
+                current_nbytes=(resident_nbytes(p, manifest) if weights.tier_of[p.name] is Tier.DEVICE else p.nbytes),
+                fixed=weights.fixed(p.name),
+                access_count=self._steps,
+                last_access=self._last_step,
+            )
+            for p in manifest.parameters
+        )
+
+    def _read_counts(self) -> tuple[ReadCount, ReadCount]:
+        pool = self._sources.pool
+        return pool.count(), pool.count(Tier.RAMDISK)
 
     def _forward(self, batch: StepBatch) -> dict[int, int]:
         device = self._device
@@ -153,8 +201,8 @@ class ModelRunner:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read from disk since loading began."""
-        return self._pool.bytes_read
+        """Bytes read from ramdisk and disk since loading began."""
+        return self._sources.pool.count().nbytes
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by what they hold."""
@@ -168,8 +216,4 @@ class ModelRunner:
     def close(self) -> None:
         """Stop the readers, close the files and let go of all memory."""
         self._weights.close()
-        self._pool.close()
-        for file in self._pool.files:
-            file.close()
-        if self._arena is not None:
-            self._arena.close()
+        self._sources.close()

@@ -6,11 +6,25 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 from raytier.errors import TierError
 from raytier.execution.layout import Read
+from raytier.planner.plan import FILE_TIERS, Tier
 from raytier.tiers.aligned import ALIGNMENT, align_up
 from raytier.tiers.files import DirectFile
+
+
+class Urgency(IntEnum):
+    """Which of the waiting requests a free thread takes first."""
+
+    URGENT = 0  # someone computes nothing until the bytes are there
+    STREAM = 1  # needed soon, in the order of submission
+    BACKGROUND = 2  # transfers between tiers; they get one request in `BACKGROUND_SHARE` even while others wait
+
+
+#: While the stream keeps the disk busy all the time, a transfer must go on all the same.
+BACKGROUND_SHARE = 4
 
 
 class ReadTicket:
@@ -92,57 +106,84 @@ class ReadTicket:
 class _Request:
     ticket: ReadTicket
     file: DirectFile
+    tier: Tier
     offset: int
     nbytes: int
     view: memoryview
 
 
-class ReaderPool:
-    """`threads` threads execute reads of `files` in requests of at most `io_bytes`, in the order of submission.
+@dataclass(frozen=True, slots=True)
+class ReadCount:
+    """What was read without an error: bytes (alignment included) and requests."""
 
-    The caller owns `files` and closes them after the pool.
+    nbytes: int = 0
+    reads: int = 0
+
+
+class ReaderPool:
+    """`threads` threads execute reads of numbered files in requests of at most `io_bytes`.
+
+    The caller owns the files and closes them after the pool, or after `drop_file`.
     """
 
     def __init__(self, files: Sequence[DirectFile], threads: int, io_bytes: int) -> None:
         if threads <= 0 or io_bytes <= 0 or io_bytes % ALIGNMENT:
             raise ValueError(f"{threads} threads, {io_bytes} bytes: at least one, in multiples of {ALIGNMENT}")
-        self.files = tuple(files)
+        self._files: list[tuple[DirectFile, Tier] | None] = [(file, Tier.NVME) for file in files]
+        self._counts = dict.fromkeys(FILE_TIERS, ReadCount())
         self._io_bytes = io_bytes
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._queue: deque[_Request] = deque()
-        self._urgent: deque[_Request] = deque()
+        self._queues: dict[Urgency, deque[_Request]] = {urgency: deque() for urgency in Urgency}
+        self._taken = 0
         self._closed = False
-        self._bytes_read = 0
-        self._reads = 0
         names = [f"raytier-read-{index}" for index in range(threads)]
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read since the pool was made, alignment included."""
+    def add_file(self, file: DirectFile, tier: Tier) -> int:
+        """The number of one more file; numbers of dropped files are used again."""
         with self._lock:
-            return self._bytes_read
+            if None in self._files:
+                index = self._files.index(None)
+                self._files[index] = (file, tier)
+                return index
+            self._files.append((file, tier))
+            return len(self._files) - 1
+
+    def drop_file(self, index: int) -> DirectFile:
+        """Forget file `index` and return it; no read of it may be waiting or running."""
+        with self._lock:
+            (file, _), self._files[index] = self._entry(index), None
+            return file
 
     @property
-    def reads(self) -> int:
-        """Requests executed without error since the pool was made."""
+    def files(self) -> tuple[DirectFile, ...]:
+        """Files that have not been dropped."""
         with self._lock:
-            return self._reads
+            return tuple(entry[0] for entry in self._files if entry is not None)
 
-    def submit(self, reads: Iterable[Read], view: memoryview, *, urgent: bool = False) -> ReadTicket:
-        """Read all of `reads` into `view`, whose address is aligned and which must stay alive until the ticket is over.
+    def count(self, *tiers: Tier) -> ReadCount:
+        """Read since the pool was made, from all tiers or from `tiers`, dropped files included."""
+        with self._lock:
+            counts = [self._counts[tier] for tier in tiers or FILE_TIERS]
+            return ReadCount(sum(c.nbytes for c in counts), sum(c.reads for c in counts))
 
-        `urgent` reads start before all others that wait: someone computes nothing until they are there.
-        """
+    def _entry(self, index: int) -> tuple[DirectFile, Tier]:
+        entry = self._files[index]
+        if entry is None:
+            raise ValueError(f"file {index} was dropped")
+        return entry
+
+    def submit(self, reads: Iterable[Read], view: memoryview, urgency: Urgency = Urgency.STREAM) -> ReadTicket:
+        """Read all of `reads` into `view`, whose address is aligned and which must live until the ticket is over."""
         pieces = [(read, start, nbytes) for read in reads for start, nbytes in self._split(read.nbytes)]
         ticket = ReadTicket(len(pieces))
         requests = [
             _Request(
                 ticket,
-                self.files[read.file],
+                *self._entry(read.file),
                 read.offset + start,
                 nbytes,
                 view[read.dest + start : read.dest + start + align_up(nbytes)],
@@ -152,7 +193,7 @@ class ReaderPool:
         with self._work:
             if self._closed:
                 raise TierError("the reader pool is closed")
-            (self._urgent if urgent else self._queue).extend(requests)
+            self._queues[urgency].extend(requests)
             self._work.notify(len(requests))
         return ticket
 
@@ -179,16 +220,20 @@ class ReaderPool:
             ticket._fail(TierError(f"reading {request.file.path} failed: {error!r}"), running=True)
         else:
             with self._lock:
-                self._bytes_read += nbytes
-                self._reads += 1
+                count = self._counts[request.tier]
+                self._counts[request.tier] = ReadCount(count.nbytes + nbytes, count.reads + 1)
             ticket._end(nbytes)
 
     def _next(self) -> _Request | None:
         with self._work:
-            self._work.wait_for(lambda: self._closed or self._urgent or self._queue)
+            self._work.wait_for(lambda: self._closed or any(self._queues.values()))
             if self._closed:
                 return None
-            return (self._urgent or self._queue).popleft()
+            urgent, stream, background = self._queues.values()
+            self._taken += 1
+            if background and not urgent and self._taken % BACKGROUND_SHARE == 0:
+                return background.popleft()
+            return (urgent or stream or background).popleft()
 
     def close(self) -> None:
         """End the threads after the requests that they execute now; tickets with others left fail."""
@@ -197,10 +242,10 @@ class ReaderPool:
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
-        for request in (*self._urgent, *self._queue):
-            request.ticket._fail(TierError("the reader pool was closed before the read began"), running=False)
-        self._urgent.clear()
-        self._queue.clear()
+        for queue in self._queues.values():
+            for request in queue:
+                request.ticket._fail(TierError("the reader pool was closed before the read began"), running=False)
+            queue.clear()
 
     def __enter__(self) -> ReaderPool:
         return self

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 from raytier.checkpoint.manifest import Parameter, SourceFile
 from raytier.execution.layout import assemble, num_rows, row_bytes, row_unit
-from raytier.execution.reader import ReaderPool
+from raytier.execution.reader import ReaderPool, Urgency
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer, align_up
 
 
 class RowFetcher:
-    """Reads rows of one parameter, in as many rounds as a staging buffer of `staging_bytes` makes necessary.
+    """Reads rows of one parameter whose extents lie in `files`, in as many rounds as a staging buffer of
+    `staging_bytes` makes necessary.
 
     Not thread-safe: one fetch at a time.
     """
 
-    def __init__(self, parameter: Parameter, pool: ReaderPool, staging_bytes: int = 8 << 20) -> None:
+    def __init__(
+        self, parameter: Parameter, files: Sequence[SourceFile], pool: ReaderPool, staging_bytes: int = 8 << 20
+    ) -> None:
         self._parameter = parameter
         self._pool = pool
-        self._files = tuple(SourceFile(file.path, file.size) for file in pool.files)
+        self._files = files
         self.row_bytes = row_bytes(parameter)
         # A row costs at most its own bytes rounded up, one block of misalignment, and again if it must be assembled.
         row_cost = 2 * align_up(self.row_bytes) + 2 * ALIGNMENT
@@ -49,7 +52,7 @@ class RowFetcher:
         size = self.row_bytes
         unit = row_unit(self._parameter, rows, self._files)
         view = self._staging_of(unit.nbytes).view[: unit.nbytes]
-        self._pool.submit(unit.reads, view, urgent=True).wait()
+        self._pool.submit(unit.reads, view, Urgency.URGENT).wait()
         assemble(unit, view)
         for member in unit.members:
             for row in range(member.row_start, member.row_stop):

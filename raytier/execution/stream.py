@@ -16,7 +16,7 @@ from raytier.tiers.aligned import AlignedBuffer
 
 @dataclass(slots=True)
 class StreamStats:
-    """Totals since the stream was made.
+    """Totals of a stream, or of several that followed each other.
 
     Attributes:
         units: units acquired.
@@ -53,9 +53,17 @@ class WeightStream:
         ring_buffer: at least as large as the largest unit; the caller owns it, and keeps it open until `close`.
         window: how far to read ahead of what is held, in sizes of the largest unit (so that many small units
             count as few large ones); 0 reads only on `acquire`.
+        stats: totals to go on counting in; None begins new ones.
     """
 
-    def __init__(self, units: Sequence[StreamUnit], pool: ReaderPool, ring_buffer: AlignedBuffer, window: int) -> None:
+    def __init__(
+        self,
+        units: Sequence[StreamUnit],
+        pool: ReaderPool,
+        ring_buffer: AlignedBuffer,
+        window: int,
+        stats: StreamStats | None = None,
+    ) -> None:
         if not units or window < 0:
             raise ValueError(f"{len(units)} units, window {window}: give at least one unit and no negative window")
         largest = max(units, key=lambda unit: unit.nbytes)
@@ -64,7 +72,7 @@ class WeightStream:
                 f"{largest.name} needs {largest.nbytes} bytes, the ring has {ring_buffer.nbytes}: plan a larger ring"
             )
         self.units = tuple(units)
-        self.stats = StreamStats()
+        self.stats = StreamStats() if stats is None else stats
         self._pool = pool
         self._buffer = ring_buffer
         self._ring = RingAllocator(ring_buffer.nbytes)

@@ -1,329 +1,470 @@
-"""Parameters of one model on one device: bound to their modules for good, or as the sweep brings them.
+"""Parameters of one model on one device: in memory for good, or streamed as the sweep brings them, and moved between
+the two while steps run.
 
-transformers' own modules run unchanged. Resident parameters are bound once. Streamed ones are bound by hooks
-right before their decoder layer computes and unbound right after; the output head, where it is streamed,
-computes one chunk of vocabulary rows at a time, and the input embedding sees only the rows that the batch needs.
+transformers' own modules run unchanged. Parameters in memory are bound when they have been read, behind the first
+steps. Streamed ones are bound by hooks right before their decoder layer computes and unbound right after; the output
+head, where it is streamed, computes one chunk of vocabulary rows at a time, and the input embedding sees only the
+rows that the batch needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from raytier.checkpoint.manifest import ModelManifest, Parameter
-from raytier.execution.layout import StreamUnit, assemble, host_units, resident_reads, resident_units, sweep_units
-from raytier.execution.reader import ReaderPool
+from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
+from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierError
+from raytier.execution import linears
+from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor, members
+from raytier.execution.bus import Bus
+from raytier.execution.gate import SweepGate
+from raytier.execution.layout import StreamUnit, row_bytes, sweep_units
+from raytier.execution.loading import ResidentLoader, begin_read
+from raytier.execution.reader import Urgency
 from raytier.execution.rows import RowFetcher
-from raytier.execution.stream import WeightStream
-from raytier.planner.plan import DevicePlan, Tier
+from raytier.execution.sources import Sources
+from raytier.execution.stream import StreamStats, WeightStream
+from raytier.execution.vocabulary import attach_embedding, project_in_chunks
+from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier
+from raytier.planner.sizing import HEAD_CHUNK_ALONE, always_resident, resident_nbytes
 from raytier.tiers.aligned import AlignedBuffer
+from raytier.tiers.copies import TierCopy
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-def _tensor(view: memoryview, parameter: Parameter, row_start: int, row_stop: int) -> Tensor:
-    """Rows of `parameter` whose packed bytes are `view`, without a copy."""
-    flat = torch.frombuffer(view, dtype=TORCH_DTYPES[parameter.dtype])
-    return flat.view(row_stop - row_start, *parameter.shape[1:]) if parameter.shape else flat.view(())
+MIB = 2**20
+#: Units of a ring that no plan has sized: one computes, two arrive.
+_RING_UNITS = 3
 
 
 class Weights:
-    """Binds and streams the parameters of `model`, whose modules are on `meta`.
+    """Binds, streams and moves the parameters of `model`, whose modules are on `meta`.
+
+    Invariants: a parameter is on exactly one tier (`tier_of`), and changes it between sweeps only (`gate`); resident
+    bytes, ring, KV and activations stay within the device's budget.
 
     Args:
+        layers: the decoder layers, part of `model`.
         tier_of: tier of every parameter by name.
-        host_view: writable bytes of the node's arena for this model, or None when no parameter is there.
+        host_views: writable bytes in the node's arena of each host-tier parameter.
+        gate: held by whoever runs a sweep.
 
     Attributes:
-        resident_bytes, host_bytes, ring_bytes: bytes really held.
-        rows_streamed: parameter bytes of embedding rows fetched from disk so far.
+        bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: nn.ModuleList,
-        manifest: ModelManifest,
+        sources: Sources,
         tier_of: Mapping[str, Tier],
         share: DevicePlan,
         device: torch.device,
-        pool: ReaderPool,
-        host_view: memoryview | None,
+        host_views: Mapping[str, memoryview],
+        gate: SweepGate,
     ) -> None:
-        self._manifest = manifest
-        self._tier_of = tier_of
+        self._sources = sources
+        self._share = share
         self._device = device
-        self._pool = pool
-        self._compute_dtype = TORCH_DTYPES[manifest.compute_dtype]
-        self._sites = {p.name: [_site(model, name) for name in (p.name, *p.aliases)] for p in manifest.parameters}
-        self._placeholders = {name: getattr(*sites[0]) for name, sites in self._sites.items()}
-        self._pinned: list[int] = []
-        self.resident_bytes = self.host_bytes = self.ring_bytes = self.rows_streamed = 0
-
-        self._load_device()
-        self._host: dict[str, Tensor] = self._load_host(host_view) if host_view is not None else {}
-        if device.type == "cpu":
-            # Host memory is this device's own memory: used in place.
-            for name, tensor in self._host.items():
-                self._bind(name, tensor)
-
-        units = sweep_units(manifest, tier_of, share.head_chunk_rows)
+        self._gate = gate
+        self._tier_of = dict(tier_of)
+        self._host_views = dict(host_views)
+        self._bindings = Bindings(model, sources.manifest)
+        self._bus = Bus(device) if device.type == "cuda" else None
+        self._dtype = TORCH_DTYPES[sources.manifest.compute_dtype]
+        self._resident: dict[str, Tensor] = {}  # of the device tier, as they are bound
+        self._host: dict[str, Tensor] = {}
+        self._units: tuple[StreamUnit, ...] = ()
+        self._layer_unit: dict[int, int] = {}
+        self._ramdisk_bytes: tuple[int, ...] = ()
+        self._ring: AlignedBuffer | None = None
         self._stream: WeightStream | None = None
-        if units:
-            ring = AlignedBuffer(share.ring_bytes)
-            self.ring_bytes = ring.nbytes
-            self._pin(ring.address, ring.nbytes)
-            self._stream = WeightStream(units, pool, ring, share.window)
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._attach(model, layers, units, share.head_chunk_rows)
-        if self._stream is not None:
-            self._stream.start()
+        self._stats = StreamStats()
+        self._rows: RowFetcher | None = None
+        self._closed = False
+        self.rows_streamed = self.bytes_streamed_ramdisk = self.bytes_loaded = 0
+        self._head = model.get_output_embeddings()  # type: ignore[operator]
+        self._head_chunked = False
+        self._attach(model, layers)
+        self._wire_head()
+        self._start_stream(*self._stream_plan(sources.manifest, self._tier_of))
+        groups = self._resident_groups()
+        self.bytes_to_load = sum(self.manifest.by_name[name].nbytes for _, names in groups for name in names)
+        self._loader = ResidentLoader(groups, self._begin_load, self._pack_all)
+
+    @property
+    def manifest(self) -> ModelManifest:
+        """What lies where now."""
+        return self._sources.manifest
+
+    @property
+    def tier_of(self) -> Mapping[str, Tier]:
+        """Tier of every parameter now."""
+        return self._tier_of
 
     # Loading
 
-    def _load_device(self) -> None:
-        names = [p.name for p in self._manifest.parameters if self._tier_of[p.name] is Tier.DEVICE]
-        if self._device.type == "cuda":
-            self._load_through_staging(names)
-            return
-        parameters = self._manifest.by_name
-        in_place = [n for n in names if parameters[n].dtype == self._manifest.compute_dtype]
-        for unit in resident_units(self._manifest, in_place):
-            buffer = AlignedBuffer(unit.nbytes)
-            self._read(unit, buffer.view)
-            self.resident_bytes += buffer.nbytes
-            for name, tensor in self._members(unit, buffer.view).items():
-                self._bind(name, tensor)
-        for name in set(names) - set(in_place):
-            (unit,) = resident_units(self._manifest, [name])
-            with AlignedBuffer(unit.nbytes) as buffer:
-                self._read(unit, buffer.view)
-                tensor = self._members(unit, buffer.view)[name].to(self._compute_dtype)
-            self.resident_bytes += tensor.nbytes
-            self._bind(name, tensor)
+    def _resident_groups(self) -> list[tuple[object, list[str]]]:
+        """Names of what is to be in memory, grouped by when a sweep needs it first."""
+        groups: dict[object, list[str]] = {Role.OTHER: []}
+        groups |= {layer: [] for layer in range(self.manifest.num_layers)}
+        groups[Role.HEAD] = []
+        for p in self.manifest.parameters:
+            if self._tier_of[p.name] not in FILE_TIERS:
+                key = p.layer if p.layer is not None else Role.HEAD if p.role is Role.HEAD else Role.OTHER
+                groups[key].append(p.name)
+        return list(groups.items())
 
-    def _load_through_staging(self, names: Iterable[str]) -> None:
-        """Fill device memory by way of pinned host memory."""
-        units = resident_reads(self._manifest, names)
-        if not units:
-            return
-        staging = AlignedBuffer(max(unit.nbytes for unit in units))
-        self._pin(staging.address, staging.nbytes)
-        tensors: dict[str, Tensor] = {}
-        for unit in units:
-            self._read(unit, staging.view)
-            for member in unit.members:
-                parameter = self._manifest.by_name[member.name]
-                if member.name not in tensors:
-                    tensors[member.name] = torch.empty(parameter.shape, dtype=self._compute_dtype, device=self._device)
-                source = _tensor(
-                    staging.view[member.offset : member.offset + member.nbytes],
-                    parameter,
-                    member.row_start,
-                    member.row_stop,
-                )
-                target = tensors[member.name]
-                (target[member.row_start : member.row_stop] if parameter.shape else target).copy_(source)
-        torch.cuda.synchronize(self._device)
-        self._unpin()
-        for name, tensor in tensors.items():
-            self.resident_bytes += tensor.nbytes
-            self._bind(name, tensor)
+    def _begin_load(self, names: Sequence[str]) -> Callable[[], None]:
+        reading = [(name, *begin_read(self._sources, name, Urgency.STREAM)) for name in names]
 
-    def _load_host(self, view: memoryview) -> dict[str, Tensor]:
-        """Fill the arena range with the host-tier parameters; views of it by name."""
-        tensors: dict[str, Tensor] = {}
-        offset = 0
-        for unit in host_units(self._manifest, self._tier_of):
-            target = view[offset : offset + unit.nbytes]
-            self._read(unit, target)
-            tensors |= self._members(unit, target)
-            offset += unit.nbytes
-        self.host_bytes = offset
-        if tensors:
-            self._pin(torch.frombuffer(view, dtype=torch.uint8).data_ptr(), offset)
-        return tensors
+        def finish() -> None:
+            for name, buffer, arrived in reading:
+                tensor = arrived()
+                if self._tier_of[name] is Tier.HOST:
+                    self._keep_on_host(name, self._to_host(name, tensor, self._host_views[name]))
+                else:
+                    self._keep_on_device(name, self._to_device(tensor, buffer))
+                self.bytes_loaded += self.manifest.by_name[name].nbytes
 
-    def _read(self, unit: StreamUnit, view: memoryview) -> None:
-        self._pool.submit(unit.reads, view).wait()
-        assemble(unit, view)
+        return finish
 
-    def _members(self, unit: StreamUnit, view: memoryview) -> dict[str, Tensor]:
-        return {
-            m.name: _tensor(
-                view[m.offset : m.offset + m.nbytes], self._manifest.by_name[m.name], m.row_start, m.row_stop
-            )
-            for m in unit.members
-        }
+    def _to_device(self, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
+        """A parameter that has been read, as the device keeps it; it may stay in the buffer that it was read into."""
+        if self._bus is not None:
+            return self._bus.copy(tensor.to(self._dtype))
+        return tensor.to(self._dtype, copy=buffer is None)
 
-    # Binding
+    def _to_host(self, name: str, tensor: Tensor, view: memoryview) -> Tensor:
+        """A copy in the arena, whose pages are small: direct reads into them are slow, hence by way of a buffer."""
+        target = as_tensor(view[: self.manifest.by_name[name].nbytes], self.manifest.by_name[name])
+        return target.copy_(tensor)
 
-    def _bind(self, name: str, tensor: Tensor) -> None:
-        for module, leaf in self._sites[name]:
-            module._parameters[leaf] = tensor  # type: ignore[assignment]  # a plain tensor: no autograd here
+    def _keep_on_device(self, name: str, tensor: Tensor) -> None:
+        self._resident[name] = tensor
+        self._bindings.bind(name, tensor)
 
-    def _unbind(self, names: Iterable[str]) -> None:
-        """Back to meta, so that a use outside of its layer fails instead of reading what the ring holds by then."""
-        for name in names:
-            self._bind(name, self._placeholders[name])
+    def _keep_on_host(self, name: str, tensor: Tensor) -> None:
+        self._host[name] = tensor
+        if self._bus is not None:
+            self._bus.pin(tensor)
+        else:  # host memory is this device's own memory: used in place
+            self._bindings.bind(name, tensor)
 
-    def _attach(
-        self, model: nn.Module, layers: nn.ModuleList, units: tuple[StreamUnit, ...], head_chunk_rows: int
-    ) -> None:
-        index_of = {unit.layer: index for index, unit in enumerate(units) if unit.layer is not None}
-        cuda = self._device.type == "cuda"
-        for number, layer in enumerate(layers):
-            host = [p.name for p in self._manifest.layer_parameters(number) if cuda and p.name in self._host]
-            if number in index_of or host:
-                self._attach_layer(layer, index_of.get(number), host)
+    def _pack_all(self, stopped: Callable[[], bool]) -> None:
+        """Bring resident weights into the kernel's own layout, one at a time: until then the plain ones serve."""
+        for name in [name for name in self._resident if self._packs(name)]:
+            if stopped():
+                return
+            packed = linears.pack(self._resident[name])
+            self._gate.between(partial(self._keep_packed, name, packed))
 
-        embedding = self._manifest.embedding
-        if self._tier_of[embedding] is not Tier.DEVICE and (self._tier_of[embedding] is Tier.NVME or cuda):
-            self._attach_embedding(model.get_input_embeddings(), self._manifest.by_name[embedding])  # type: ignore[operator]
+    def _packs(self, name: str) -> bool:
+        return self._share.packed and self._bus is None and self._bindings.can_pack(name)
 
-        head = self._manifest.head
-        if self._tier_of[head] is Tier.NVME or (self._tier_of[head] is Tier.HOST and cuda):
-            chunks = [(index, *unit.rows) for index, unit in enumerate(units) if unit.rows is not None]
-            self._attach_head(model.get_output_embeddings(), head, chunks, head_chunk_rows)  # type: ignore[operator]
+    def _keep_packed(self, name: str, packed: Tensor) -> None:
+        self._resident[name] = packed
+        self._bindings.bind_packed(name, packed)
 
-    def _attach_layer(self, layer: nn.Module, index: int | None, host: list[str]) -> None:
-        bound: list[str] = []
+    def wait_loaded(self) -> None:
+        """Return when all that is to be in memory is there; raises what went wrong while loading."""
+        self._loader.wait_all()
 
-        def enter(_module: nn.Module, _args: Any) -> None:
-            tensors = self._acquire(index) if index is not None else {}
-            tensors |= {name: self._host[name] for name in host}
-            if self._copy_stream is not None:
-                tensors = self._upload(tensors)
-                self._release(index)
-            for name, tensor in tensors.items():
-                self._bind(name, tensor)
-            bound.extend(tensors)
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            self._unbind(bound)
-            bound.clear()
-            if self._copy_stream is None:
-                self._release(index)
-
-        layer.register_forward_pre_hook(enter)
-        layer.register_forward_hook(leave)
-
-    def _attach_embedding(self, module: nn.Module, parameter: Parameter) -> None:
-        """Give the embedding module a table of just the rows that the batch uses."""
-        fetcher = RowFetcher(parameter, self._pool) if self._tier_of[parameter.name] is Tier.NVME else None
-        # With a compact table an index from the configuration means nothing, and F.embedding checks its range.
-        module.padding_idx = None  # type: ignore[assignment]
-        weight = module._parameters["weight"]
-
-        def enter(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            rows, places = torch.unique(args[0], return_inverse=True)
-            if fetcher is not None:
-                count = int(rows.numel())
-                table = _tensor(fetcher.fetch(rows.tolist()), parameter, 0, count)
-                self.rows_streamed += table.nbytes
-            else:
-                table = self._host[parameter.name][rows.cpu()]
-            module._parameters["weight"] = table.to(self._device)  # type: ignore[assignment]
-            return (places, *args[1:])
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            module._parameters["weight"] = weight
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-
-    def _attach_head(self, module: nn.Module, name: str, chunks: list[tuple[int, int, int]], rows: int) -> None:
-        """Compute the output projection one chunk of vocabulary rows at a time."""
-        vocab = self._manifest.by_name[name].shape[0]
-
-        def forward(hidden: Tensor) -> Tensor:
-            out = hidden.new_empty(*hidden.shape[:-1], vocab)
-            if chunks:
-                for index, start, stop in chunks:
-                    tensors = self._acquire(index)
-                    if self._copy_stream is not None:
-                        tensors = self._upload(tensors)
-                    out[..., start:stop] = linear(hidden, tensors[name])
-                    self._release(index)
-            else:
-                for start in range(0, vocab, rows or vocab):
-                    part = self._upload({name: self._host[name][start : start + (rows or vocab)]})[name]
-                    out[..., start : start + part.shape[0]] = linear(hidden, part)
-            bias = module._parameters.get("bias")
-            return out if bias is None else out + bias
-
-        module.forward = forward
+    @property
+    def loaded(self) -> bool:
+        return self._loader.done
 
     # Streaming
 
+    def _stream_plan(self, manifest: ModelManifest, tier_of: Mapping[str, Tier]) -> tuple[tuple[StreamUnit, ...], int]:
+        """Units of a sweep and the ring's bytes for them (0 without units): as planned, or more if a unit needs it."""
+        head = manifest.by_name[manifest.head]
+        rows = self._share.head_chunk_rows or max(1, min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head))
+        units = sweep_units(manifest, tier_of, rows)
+        if not units:
+            return units, 0
+        largest = max(unit.nbytes for unit in units)
+        ring = self._share.ring_bytes
+        return units, ring if ring >= min(2, len(units)) * largest else min(_RING_UNITS, len(units)) * largest
+
+    def _start_stream(self, units: tuple[StreamUnit, ...], ring_bytes: int) -> None:
+        """Begin to stream `units`, in place of what was streamed before."""
+        if units == self._units and (self._ring.nbytes if self._ring else 0) == ring_bytes:
+            return
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._ring is None or self._ring.nbytes != ring_bytes:
+            if self._ring is not None and self._bus is not None:
+                self._bus.unpin(self._ring.address)
+            self._ring = AlignedBuffer(ring_bytes) if ring_bytes else None
+            if self._ring is not None and self._bus is not None:
+                self._bus.pin_range(self._ring.address, self._ring.nbytes)
+        self._units = units
+        self._layer_unit = {unit.layer: index for index, unit in enumerate(units) if unit.layer is not None}
+        self._ramdisk_bytes = tuple(
+            sum(member.nbytes for member in unit.members if self._tier_of[member.name] is Tier.RAMDISK)
+            for unit in units
+        )
+        if self._ring is not None:
+            window = max(self._share.window, _RING_UNITS - 1)
+            self._stream = WeightStream(units, self._sources.pool, self._ring, window, self._stats)
+            self._stream.start()
+
     def _acquire(self, index: int) -> dict[str, Tensor]:
         assert self._stream is not None
-        return self._members(self._stream.units[index], self._stream.acquire(index))
+        tensors = members(self._units[index], self._stream.acquire(index), self.manifest)
+        self.bytes_streamed_ramdisk += self._ramdisk_bytes[index]
+        return tensors
 
     def _release(self, index: int | None) -> None:
         if index is not None:
             assert self._stream is not None
             self._stream.release(index)
 
-    def _upload(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the device. Returns when the source may be overwritten; earlier layers still compute meanwhile."""
-        assert self._copy_stream is not None
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copy_stream):
-            copies = {name: tensor.to(self._device, non_blocking=True) for name, tensor in tensors.items()}
-            done.record(self._copy_stream)
-        current = torch.cuda.current_stream(self._device)
-        for tensor in copies.values():
-            tensor.record_stream(current)
-        done.synchronize()
-        return copies
+    # Hooks
 
-    def _pin(self, address: int, nbytes: int) -> None:
-        """Register host memory with CUDA so that copies from it are asynchronous and at full rate."""
-        if self._device.type == "cuda":
-            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
-            if code:
-                raise RuntimeError(f"cudaHostRegister of {nbytes} bytes failed with code {code}")
-            self._pinned.append(address)
+    def _attach(self, model: nn.Module, layers: nn.ModuleList) -> None:
+        for number, layer in enumerate(layers):
+            names = [p.name for p in self.manifest.layer_parameters(number)]
+            self._attach_layer(layer, number, names)
+        attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
+        self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD))
 
-    def _unpin(self) -> None:
-        while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.pop())  # type: ignore[no-untyped-call]
+    def _attach_layer(self, layer: nn.Module, number: int, names: list[str]) -> None:
+        bound: list[str] = []
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            if not self._loader.done:
+                self._loader.wait(number)
+            index = self._layer_unit.get(number)
+            if index is None and self._bus is None:
+                return
+            tensors = self._acquire(index) if index is not None else {}
+            if self._bus is not None:
+                tensors |= {name: self._host[name] for name in names if name in self._host}
+                tensors = self._bus.upload(tensors)
+                self._release(index)
+            for name, tensor in tensors.items():
+                self._bindings.bind(name, tensor)
+            bound.extend(tensors)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if bound:
+                self._bindings.unbind(bound)
+                bound.clear()
+                if self._bus is None:
+                    self._release(self._layer_unit.get(number))
+
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+
+    def _embedding_rows(self, ids: Tensor) -> Tensor | None:
+        """Rows of the embedding for the token ids of a batch, where its module has not got the table."""
+        self._loader.wait(Role.OTHER)
+        name = self.manifest.embedding
+        tier = self._tier_of[name]
+        if tier in FILE_TIERS:
+            return self._fetch_rows(ids.tolist()).to(self._device)
+        if tier is Tier.HOST and self._bus is not None:
+            return self._host[name][ids.cpu()].to(self._device)
+        return None
+
+    def _fetch_rows(self, rows: list[int]) -> Tensor:
+        parameter = self.manifest.by_name[self.manifest.embedding]
+        if self._rows is None:
+            self._rows = RowFetcher(parameter, self.manifest.files, self._sources.pool)
+        table = as_tensor(self._rows.fetch(rows), parameter, 0, len(rows))
+        self.rows_streamed += table.nbytes
+        if self._tier_of[parameter.name] is Tier.RAMDISK:
+            self.bytes_streamed_ramdisk += table.nbytes
+        return table
+
+    def _wire_head(self) -> None:
+        """Where the output head is not on the device, compute it one chunk of vocabulary rows at a time."""
+        tier = self._tier_of[self.manifest.head]
+        chunked = tier in FILE_TIERS or (self._bus is not None and tier is Tier.HOST)
+        if chunked:
+            self._head.forward = self._chunked_head
+        elif self._head_chunked:
+            del self._head.forward
+        self._head_chunked = chunked
+
+    def _chunked_head(self, hidden: Tensor) -> Tensor:
+        head = self.manifest.by_name[self.manifest.head]
+        return project_in_chunks(self._head, hidden, head.shape[0], self._head_chunks(head))
+
+    def _head_chunks(self, head: Parameter) -> Iterator[Tensor]:
+        """Rows of the head in order, each chunk valid until the next one is asked for."""
+        if self._tier_of[head.name] in FILE_TIERS:
+            for index, unit in enumerate(self._units):
+                if unit.rows is not None:
+                    chunk = self._acquire(index)
+                    yield (chunk if self._bus is None else self._bus.upload(chunk))[head.name]
+                    self._release(index)
+        else:
+            assert self._bus is not None
+            for rows in torch.split(self._host[head.name], max(1, HEAD_CHUNK_ALONE // row_bytes(head))):
+                yield self._bus.upload({head.name: rows})[head.name]
+
+    # Moving
+
+    def fixed(self, name: str) -> str | None:
+        """Why a parameter cannot move; None when it can."""
+        return always_resident(self.manifest.by_name[name], self.manifest)
+
+    def move(
+        self,
+        names: Sequence[str],
+        destination: Tier,
+        host_views: Mapping[str, memoryview],
+        copies: Mapping[str, TierCopy],
+    ) -> dict[str, Tier]:
+        """Move parameters to another tier: bytes are brought beside running sweeps, the change is made between two.
+
+        Args:
+            host_views: for HOST, the range of the arena for each of `names`.
+            copies: for RAMDISK, and NVME with directories of its own, where each is. Without a copy, NVME means the
+                checkpoint's files.
+
+        Returns:
+            The tier that each one came from; those that were there already are left out.
+
+        Raises:
+            InvalidRequestError: a name is not known or cannot move. ResourceNotAvailableError: the device has no room.
+            TierError, CheckpointError: reading failed. In all cases nothing has changed.
+        """
+        for name in names:
+            if name not in self._tier_of:
+                raise InvalidRequestError(f"{name!r} is no parameter of this model", param="layer_id")
+            if (reason := self.fixed(name)) is not None:
+                raise InvalidRequestError(f"{name} cannot leave the device: {reason}", param="layer_id")
+        self.wait_loaded()
+        came_from = {name: self._tier_of[name] for name in names if self._tier_of[name] is not destination}
+        if not came_from:
+            return {}
+        if destination is Tier.RAMDISK and not came_from.keys() <= copies.keys():
+            raise ValueError("a parameter can be on the ramdisk only where it has been copied to")
+        ready: dict[str, Tensor] = {}
+        if destination not in FILE_TIERS:
+            self._check_room(self._tier_of | dict.fromkeys(came_from, destination), self.ring_bytes)
+            for name in came_from:
+                ready[name] = self._bring(name, destination, host_views)
+        self._gate.between(lambda: self._settle(destination, came_from, ready, copies))
+        return came_from
+
+    def _bring(self, name: str, destination: Tier, host_views: Mapping[str, memoryview]) -> Tensor:
+        """The parameter in memory of `destination`, as it is kept there."""
+        tensor, buffer = self._host.get(name), None
+        if tensor is None:  # what is packed on the device is read again: the checkpoint has the plain bytes
+            buffer, arrived = begin_read(self._sources, name, Urgency.BACKGROUND)
+            tensor = arrived()
+        if destination is Tier.HOST:
+            return self._to_host(name, tensor, host_views[name])
+        return linears.pack(tensor) if self._packs(name) else self._to_device(tensor, buffer)
+
+    def _settle(
+        self,
+        destination: Tier,
+        came_from: Mapping[str, Tier],
+        ready: Mapping[str, Tensor],
+        copies: Mapping[str, TierCopy],
+    ) -> None:
+        if self._closed:
+            raise TierError("the model was unloaded while a transfer was under way")
+        tier_of = self._tier_of | dict.fromkeys(came_from, destination)
+        try:
+            where = {name: copies.get(name) if destination in FILE_TIERS else None for name in came_from}
+            manifest = self._sources.relocated(where, destination)
+            units, ring_bytes = self._stream_plan(manifest, tier_of)
+            self._check_room(tier_of, ring_bytes)
+        except BaseException:
+            self._sources.adopt(self.manifest)
+            raise
+        self._bindings.unbind(came_from)
+        self._rows = None
+        self._tier_of = tier_of
+        for name in came_from:
+            self._resident.pop(name, None)
+            host = self._host.pop(name, None)
+            if host is not None and self._bus is not None:
+                self._bus.unpin(host.data_ptr())
+        self._wire_head()
+        self._start_stream(units, ring_bytes)
+        self._sources.adopt(manifest)
+        for name, tensor in ready.items():
+            if destination is Tier.HOST:
+                self._keep_on_host(name, tensor)
+            elif self._packs(name):
+                self._keep_packed(name, tensor)
+            else:
+                self._keep_on_device(name, tensor)
+
+    def _check_room(self, tier_of: Mapping[str, Tier], ring_bytes: int) -> None:
+        share = self._share
+        resident = self._resident_nbytes(tier_of)
+        needed = resident + ring_bytes + share.kv_bytes + share.activation_bytes
+        if needed > share.budget_bytes:
+            raise ResourceNotAvailableError(
+                f"the device is full: {resident / MIB:.1f} MB of weights, a ring of {ring_bytes / MIB:.1f}, "
+                f"{share.kv_bytes / MIB:.1f} of KV and {share.activation_bytes / MIB:.1f} of activations need "
+                f"{needed / MIB:.1f} MB, its budget is {share.budget_bytes / MIB:.1f}: move something else away first, "
+                "or raise tiers.device.max_mb"
+            )
+
+    def _resident_nbytes(self, tier_of: Mapping[str, Tier]) -> int:
+        manifest = self.manifest
+        return sum(resident_nbytes(p, manifest) for p in manifest.parameters if tier_of[p.name] is Tier.DEVICE)
+
+    # What is held and has been done
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the device tier's parameters."""
+        return self._resident_nbytes(self._tier_of)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of parameters in the node's arena."""
+        return sum(tensor.nbytes for tensor in list(self._host.values()))
+
+    @property
+    def ring_bytes(self) -> int:
+        return self._ring.nbytes if self._ring is not None else 0
 
     @property
     def bytes_streamed(self) -> int:
-        """Parameter bytes from disk that steps have used so far, embedding rows included."""
-        return self.rows_streamed + (self._stream.stats.bytes_consumed if self._stream is not None else 0)
+        """Parameter bytes from ramdisk and disk that steps have used so far, embedding rows included."""
+        return self.rows_streamed + self._stats.bytes_consumed
 
     @property
     def io_wait_s(self) -> float:
         """Seconds that the computing thread has waited for the ring so far."""
-        return self._stream.stats.io_wait_s if self._stream is not None else 0.0
+        return self._stats.io_wait_s
 
     def abandon_sweep(self) -> None:
         """After a step that failed half-way: drop what the ring holds; the next step starts a new sweep."""
-        self._unbind(n for n, tier in self._tier_of.items() if tier is Tier.NVME)
+        self._bindings.unbind(name for name, tier in self._tier_of.items() if tier in FILE_TIERS)
         if self._stream is not None:
             self._stream.cancel()
 
     def close(self) -> None:
-        """Stop streaming and let go of all memory."""
+        """Stop loading and streaming and let go of all memory."""
+        self._loader.close()
+        self._gate.between(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
         if self._stream is not None:
             self._stream.close()
-        self._unpin()
-        self._unbind(self._sites)
+        if self._bus is not None:
+            self._bus.close()
+        self._bindings.close()
+        self._resident.clear()
         self._host.clear()
-
-
-def _site(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that owns parameter `name`, and its attribute there."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+        self._host_views.clear()
+        self._rows = None
+        self._ring = self._stream = None

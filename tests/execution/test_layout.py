@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, KVLayerSpec, ModelManifest, Parameter, Role, SourceFile
@@ -17,7 +17,6 @@ from raytier.execution.layout import (
     StreamUnit,
     assemble,
     build_unit,
-    resident_reads,
     row_bytes,
     row_unit,
     sweep_units,
@@ -159,7 +158,7 @@ def test_extents_that_follow_each_other_are_used_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "extents", [[(0, 1000, 600), (0, 400, 600)], [(0, 0, 4096), (1, 0, 4096)], [(0, 1001, 4000)]], ids=str
+    "extents", [[(0, 1000, 600), (0, 400, 600)], [(0, 0, 4000), (1, 0, 4096)], [(0, 1001, 4000)]], ids=str
 )
 def test_what_cannot_be_used_in_place_is_assembled(extents: list[tuple[int, int, int]]) -> None:
     pieces = [whole(parameter("p", *extents, dtype="float32")), whole(parameter("q", (0, 9000, 100)))]
@@ -222,29 +221,25 @@ def test_a_resident_model_streams_nothing() -> None:
     assert [u.layer for u in every] == [0, 1, 2, None]
 
 
-@pytest.mark.parametrize("unit_bytes", [600, 20_000, 100_000, 64 << 20])
-def test_resident_reads_cover_each_row_once_in_units_of_bounded_size(unit_bytes: int) -> None:
-    model = manifest(tied=False)
-    names = ["norm", "embed", "1.w", "0.n", "head"]
-    units = resident_reads(model, names, unit_bytes)
-    rows: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
-    for unit in units:
-        check(unit, [Piece(model.by_name[m.name], m.row_start, m.row_stop) for m in unit.members])
-        assert unit.wanted_bytes <= unit_bytes
-        for member in unit.members:
-            rows[member.name].append((member.row_start, member.row_stop))
-    for name, spans in rows.items():
-        assert spans[0][0] == 0
-        assert spans[-1][1] == model.by_name[name].shape[0]
-        assert all(a[1] == b[0] for a, b in pairwise(spans))
-    assert len(units) >= sum(model.by_name[name].nbytes for name in names) / unit_bytes
-
-
-def test_resident_reads_follow_the_files() -> None:
-    model = manifest(tied=False)
-    (unit,) = resident_reads(model, [p.name for p in reversed(model.parameters)])
-    assert [m.name for m in unit.members] == ["0.w", "0.n", "1.w", "1.n", "2.w", "2.n", "embed", "head", "norm"]
-    assert resident_reads(model, []) == ()
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 60), st.integers(1, 5)), min_size=2, max_size=5),
+    st.integers(1, ALIGNMENT),
+    st.integers(0, 40),
+)
+def test_stripes_that_meet_at_blocks_are_read_one_behind_the_other(
+    stripes: list[tuple[int, int, int]], last: int, skipped: int
+) -> None:
+    extents = [(file, block * ALIGNMENT, blocks * ALIGNMENT) for file, block, blocks in stripes]
+    extents[-1] = (*extents[-1][:2], extents[-1][2] - ALIGNMENT + last)
+    striped = parameter("w", *extents)
+    assume(skipped < striped.nbytes)
+    other = parameter("n", (0, 2_000_001, 300))
+    pieces = [whole(other), Piece(striped, skipped, striped.nbytes), whole(striped)]
+    unit = build_unit("stripes", pieces, FILES)
+    assert [bytes(load(unit)[m.offset : m.offset + m.nbytes]) for m in unit.members] == [content(p) for p in pieces]
+    assert not any(member.pieces for member in unit.members)  # nothing is copied together
+    ends = [read.dest + align_up(read.nbytes) for read in unit.reads]
+    assert ends == [*(read.dest for read in unit.reads[1:]), unit.nbytes]
 
 
 @given(st.sets(st.integers(0, 99), min_size=1))

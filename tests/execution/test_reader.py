@@ -13,7 +13,7 @@ import pytest
 
 from raytier.errors import TierError
 from raytier.execution.layout import Read
-from raytier.execution.reader import ReaderPool
+from raytier.execution.reader import ReaderPool, Urgency
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer
 
 pytestmark = pytest.mark.usefixtures("no_reader_thread_is_left")
@@ -56,8 +56,8 @@ def test_reads_are_exact_and_counted(disk, buffer) -> None:
         for read in reads:
             got = buffer.view[read.dest : read.dest + read.nbytes]
             assert got == disk.data[read.file][read.offset : read.offset + read.nbytes]
-        assert pool.bytes_read == ticket.bytes_read == sum(read.nbytes for read in reads)
-        assert pool.reads == 16 + 1 + 3
+        assert pool.count().nbytes == ticket.bytes_read == sum(read.nbytes for read in reads)
+        assert pool.count().reads == 16 + 1 + 3
 
 
 def test_requests_are_aligned_bounded_and_of_about_equal_size(disk, buffer) -> None:
@@ -91,7 +91,7 @@ def test_urgent_reads_overtake(disk, buffer) -> None:
     with disk.pool(1, IO, preadv=gate.preadv) as pool:
         ordinary = pool.submit([Read(0, 0, 3 * IO, 0)], buffer.view)
         assert gate.arrived.acquire(timeout=30)
-        urgent = pool.submit([Read(0, 10 * IO, IO, 3 * IO)], buffer.view, urgent=True)
+        urgent = pool.submit([Read(0, 10 * IO, IO, 3 * IO)], buffer.view, Urgency.URGENT)
         gate.let.release(100)
         urgent.wait(30)
         ordinary.wait(30)
@@ -117,7 +117,7 @@ def test_cancel_waits_for_running_reads_and_skips_the_rest(disk, buffer) -> None
         pool.submit([Read(0, 0, IO, 20 * IO)], buffer.view).wait(30)  # the pool goes on
         assert not any(buffer.view[: 10 * IO]), "written after cancel"
         assert ticket.bytes_read == 2 * IO
-        assert pool.bytes_read == 3 * IO
+        assert pool.count().nbytes == 3 * IO
         ticket.cancel()
     assert len(gate.offsets) == 3
 
@@ -153,7 +153,7 @@ def test_an_error_ends_the_ticket_once_nothing_runs_and_the_pool_goes_on(disk, b
         buffer.view[: 25 * IO] = bytes(25 * IO)
         pool.submit([Read(0, ALIGNMENT, 4096, 30 * IO)], buffer.view).wait(30)
         assert not any(buffer.view[: 25 * IO]), "written after wait had raised"
-        assert pool.reads == 2  # the one beside the failure, the one afterwards
+        assert pool.count().reads == 2  # the one beside the failure, the one afterwards
 
 
 def test_close_fails_what_waits_and_ends_the_threads(disk, buffer) -> None:
@@ -208,7 +208,7 @@ def test_counters_are_exact_under_many_submitters(disk) -> None:
                 for _ in range(20):
                     offset = rng.randrange(0, size, ALIGNMENT)
                     nbytes = min(rng.randint(1, 64) * ALIGNMENT, size - offset)
-                    pool.submit([Read(0, offset, nbytes, 0)], buffer.view, urgent=rng.random() < 0.3).wait(30)
+                    pool.submit([Read(0, offset, nbytes, 0)], buffer.view, rng.choice(list(Urgency))).wait(30)
                     assert buffer.view[:nbytes] == disk.data[0][offset : offset + nbytes]
                     expected.append(nbytes)
 
@@ -218,5 +218,5 @@ def test_counters_are_exact_under_many_submitters(disk) -> None:
         for thread in threads:
             thread.join(60)
         assert len(expected) == 80
-        assert pool.bytes_read == sum(expected)
-        assert pool.reads == sum(-(-nbytes // IO) for nbytes in expected)
+        assert pool.count().nbytes == sum(expected)
+        assert pool.count().reads == sum(-(-nbytes // IO) for nbytes in expected)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from raytier.checkpoint.manifest import Extent, Parameter, Role
 from raytier.errors import TierError
 from raytier.execution.layout import Read
+from raytier.execution.reader import ReadCount, Urgency
 from raytier.execution.rows import RowFetcher
 from raytier.tiers.aligned import AlignedBuffer
 
@@ -34,7 +35,7 @@ def expected(disk, row: int) -> bytes:
 @given(rows=st.lists(st.integers(0, ROWS - 1), max_size=60), staging=st.sampled_from([1, 40_000, 8 << 20]))
 def test_rows_come_packed_in_the_order_asked_for(disk, rows: list[int], staging: int) -> None:
     with disk.pool(2, 64 << 10) as pool:
-        fetcher = RowFetcher(TABLE, pool, staging_bytes=staging)
+        fetcher = RowFetcher(TABLE, disk.files, pool, staging_bytes=staging)
         assert fetcher.row_bytes == 192
         for wanted in (rows, rows[:3]):
             packed = fetcher.fetch(wanted)
@@ -44,9 +45,9 @@ def test_rows_come_packed_in_the_order_asked_for(disk, rows: list[int], staging:
 
 def test_neighbours_share_a_read_and_memory_stays_within_the_cap(disk) -> None:
     with disk.pool(2, 64 << 10) as pool:
-        fetcher = RowFetcher(TABLE, pool, staging_bytes=64 << 10)
+        fetcher = RowFetcher(TABLE, disk.files, pool, staging_bytes=64 << 10)
         fetcher.fetch([22, 20, 21, 23])  # across a block boundary
-        assert (pool.reads, pool.bytes_read) == (1, 8192)
+        assert pool.count() == ReadCount(8192, 1)
         packed = fetcher.fetch(range(ROWS))
         assert bytes(packed) == b"".join(expected(disk, row) for row in range(ROWS))
         assert fetcher._staging is not None
@@ -55,7 +56,7 @@ def test_neighbours_share_a_read_and_memory_stays_within_the_cap(disk) -> None:
 
 def test_results_do_not_share_memory(disk) -> None:
     with disk.pool(1, 64 << 10) as pool:
-        fetcher = RowFetcher(TABLE, pool)
+        fetcher = RowFetcher(TABLE, disk.files, pool)
         first = fetcher.fetch([1])
         fetcher.fetch([2])
         assert bytes(first) == expected(disk, 1)
@@ -68,7 +69,7 @@ def test_rows_overtake_prefetches(disk) -> None:
     def preadv(fd: int, views: list[memoryview], offset: int) -> int:
         reading.set()
         deadline = time.monotonic() + 30
-        while not offsets and not pool._urgent and time.monotonic() < deadline:
+        while not offsets and not pool._queues[Urgency.URGENT] and time.monotonic() < deadline:
             time.sleep(0.001)
         offsets.append(offset)
         return os.preadv(fd, views, offset)
@@ -76,7 +77,7 @@ def test_rows_overtake_prefetches(disk) -> None:
     with disk.pool(1, 64 << 10, preadv=preadv) as pool, AlignedBuffer(1 << 20) as ring:
         prefetch = pool.submit([Read(0, 1 << 20, 1 << 20, 0)], ring.view)
         assert reading.wait(30)
-        RowFetcher(TABLE, pool).fetch([0])
+        RowFetcher(TABLE, disk.files, pool).fetch([0])
         prefetch.wait(30)
     assert offsets[:3] == [1 << 20, 0, (1 << 20) + (64 << 10)]  # the read under way, the rows, the next one
 
@@ -86,7 +87,7 @@ def test_errors(disk) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with disk.pool(1, 64 << 10, preadv=preadv) as pool:
-        fetcher = RowFetcher(TABLE, pool)
+        fetcher = RowFetcher(TABLE, disk.files, pool)
         with pytest.raises(TierError, match="Input/output error"):
             fetcher.fetch([1])
         for row in (-1, ROWS):

@@ -1,0 +1,86 @@
+"""Which tensor each parameter of a model computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from raytier.checkpoint.manifest import ModelManifest, Parameter
+from raytier.execution import linears
+from raytier.execution.layout import StreamUnit
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def as_tensor(view: memoryview, parameter: Parameter, row_start: int = 0, row_stop: int | None = None) -> Tensor:
+    """Rows of `parameter` (all of them by default) whose packed bytes are `view`, without a copy."""
+    flat = torch.frombuffer(view, dtype=TORCH_DTYPES[parameter.dtype])
+    if not parameter.shape:
+        return flat.view(())
+    rows = (parameter.shape[0] if row_stop is None else row_stop) - row_start
+    return flat.view(rows, *parameter.shape[1:])
+
+
+def members(unit: StreamUnit, view: memoryview, manifest: ModelManifest) -> dict[str, Tensor]:
+    """The parameters of a unit whose bytes are `view`, by name."""
+    return {
+        m.name: as_tensor(view[m.offset : m.offset + m.nbytes], manifest.by_name[m.name], m.row_start, m.row_stop)
+        for m in unit.members
+    }
+
+
+class Bindings:
+    """Binds tensors to the modules of `model`, whose parameters are on `meta` to begin with.
+
+    What is not bound is on `meta`, so that a use outside of its layer fails instead of reading what the ring holds
+    by then.
+    """
+
+    def __init__(self, model: nn.Module, manifest: ModelManifest) -> None:
+        dtype = TORCH_DTYPES[manifest.compute_dtype]
+        self._sites = {p.name: [_site(model, name) for name in (p.name, *p.aliases)] for p in manifest.parameters}
+        self._placeholders = {name: getattr(*sites[0]) for name, sites in self._sites.items()}
+        self._packed: dict[str, Tensor] = {}
+        self._packable = {
+            name
+            for name, ((module, leaf), *others) in self._sites.items()
+            if leaf == "weight" and not others and linears.can_pack(module, dtype)
+        }
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        """Compute with `tensor` from now on."""
+        for module, leaf in self._sites[name]:
+            module._parameters[leaf] = tensor  # type: ignore[assignment]  # a plain tensor: no autograd here
+
+    def unbind(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self._packed.pop(name, None) is not None:
+                linears.unbind(self._sites[name][0][0])
+            self.bind(name, self._placeholders[name])
+
+    def can_pack(self, name: str) -> bool:
+        """Whether a kernel computes on a layout of its own of this parameter: the weight of one linear layer."""
+        return name in self._packable
+
+    def bind_packed(self, name: str, packed: Tensor) -> None:
+        """As `bind`, with what `linears.pack` made of the weight."""
+        module, _ = self._sites[name][0]
+        self.bind(name, self._placeholders[name])
+        linears.bind(module, packed)
+        self._packed[name] = packed
+
+    def close(self) -> None:
+        """Let go of every tensor."""
+        self.unbind(self._sites)
+
+
+def _site(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns parameter `name`, and its attribute there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

@@ -1,0 +1,82 @@
+"""Where the bytes of every parameter can be read: in the checkpoint's own files, or from a copy in files of a tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from raytier.checkpoint.manifest import Extent, ModelManifest, SourceFile
+from raytier.execution.reader import ReaderPool
+from raytier.planner.plan import Tier
+from raytier.tiers.copies import TierCopy
+from raytier.tiers.files import DirectFile
+
+
+class Sources:
+    """The open files behind a model, and the manifest that says what lies where in them now.
+
+    Invariant: every extent of `manifest` is in a file that is open in the pool under the extent's number; files of
+    the checkpoint stay open for good, those of copies as long as a parameter is read from them.
+
+    Args:
+        manifest: as described; its files are opened.
+
+    Raises:
+        CheckpointError, TierError: a file cannot be opened; nothing is left open.
+    """
+
+    def __init__(self, manifest: ModelManifest, io_threads: int, io_bytes: int) -> None:
+        self.checkpoint = manifest
+        self.manifest = manifest
+        opened: list[DirectFile] = []
+        try:
+            for file in manifest.files:
+                opened.append(DirectFile(file.path, file.size))
+            self.pool = ReaderPool(opened, io_threads, io_bytes)
+        except BaseException:
+            for one in opened:
+                one.close()
+            raise
+        self._numbers: dict[str, int] = {}  # path -> number, of the files of copies
+
+    def relocated(self, copies: Mapping[str, TierCopy | None], tier: Tier) -> ModelManifest:
+        """The manifest with these parameters read from their copies on `tier` (None: from the checkpoint).
+
+        Opens what is not open yet. Nothing changes until `adopt`, which is due also when the new manifest is not used.
+        """
+        files = list(self.manifest.files)
+        extents: dict[str, tuple[Extent, ...]] = {}
+        for name, copy in copies.items():
+            if copy is None:
+                extents[name] = self.checkpoint.by_name[name].extents
+                continue
+            numbers = [self._open(file, tier) for file in copy.files]
+            for number, file in zip(numbers, copy.files, strict=True):
+                files.extend([file] * (number + 1 - len(files)))
+                files[number] = file
+            extents[name] = tuple(Extent(numbers[e.file], e.offset, e.nbytes) for e in copy.extents)
+        parameters = tuple(
+            replace(p, extents=extents[p.name]) if p.name in extents else p for p in self.manifest.parameters
+        )
+        return replace(self.manifest, files=tuple(files), parameters=parameters)
+
+    def _open(self, file: SourceFile, tier: Tier) -> int:
+        number = self._numbers.get(file.path)
+        if number is None:
+            number = self._numbers[file.path] = self.pool.add_file(DirectFile(file.path, file.size), tier)
+        return number
+
+    def adopt(self, manifest: ModelManifest) -> None:
+        """Read by `manifest` from now on, and close what it does not use; no read of that may be under way."""
+        self.manifest = manifest
+        used = {extent.file for p in manifest.parameters for extent in p.extents}
+        for path, number in list(self._numbers.items()):
+            if number not in used:
+                del self._numbers[path]
+                self.pool.drop_file(number).close()
+
+    def close(self) -> None:
+        """End the readers and close all files."""
+        self.pool.close()
+        for file in self.pool.files:
+            file.close()
