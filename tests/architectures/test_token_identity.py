@@ -45,10 +45,12 @@ def test_family(family: str, make_model: Callable[..., Path]) -> None:
         for chunk in (7, 64):
             with local_engine(
                 model_dir,
+                packed=chunk == 64,
                 placement={"rules": rules},
                 scheduler={"max_num_batched_tokens": chunk},
                 tiers={"device": {"max_mb": 64}, "nvme": {"io_threads": 2, "io_mb": 0.0625}},
             ) as local:
+                local.runner.wait_loaded()  # packed by then
                 outputs = local.engine.generate(prompts(), GREEDY)
                 assert [list(o.token_ids) for o in outputs] == wanted, f"{placement}, chunks of {chunk}"
                 local.check_bytes()

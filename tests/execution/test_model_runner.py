@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,70 @@ def test_a_load_that_fails_leaves_nothing(make_model: Callable[..., Path], monke
     os.truncate(model_dir / "model.safetensors", manifest.files[0].size - 1)
     with pytest.raises(CheckpointError, match="truncated or was replaced"):
         ModelRunner.load(manifest, plan, device="cpu", io_threads=2, io_bytes=1 << 20)
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_steps_begin_before_everything_is_read(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step waits for what it needs, layer by layer, and computes the same."""
+    model_dir = make_model("llama")
+    with local_engine(model_dir) as local:
+        wanted = step(local.runner, 1)
+    real, slow = DirectFile.read_into, threading.Event()
+
+    def read_into(self: DirectFile, view: memoryview, offset: int, nbytes: int) -> int:
+        if offset + nbytes > self.size // 2:
+            slow.wait(10)
+        return real(self, view, offset, nbytes)
+
+    monkeypatch.setattr(DirectFile, "read_into", read_into)
+    with local_engine(model_dir) as local:
+        loaded, to_load = local.runner.progress
+        assert loaded < to_load == local.manifest.nbytes
+        threading.Timer(0.1, slow.set).start()
+        assert step(local.runner, 1) == wanted
+        local.runner.wait_loaded()
+        assert local.runner.progress == (to_load, to_load)
+
+
+def test_a_read_that_fails_while_loading_ends_the_steps_that_need_it(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = make_model("llama")
+    real = DirectFile.read_into
+
+    def read_into(self: DirectFile, view: memoryview, offset: int, nbytes: int) -> int:
+        if offset + nbytes > self.size // 2:
+            raise TierError("injected")
+        return real(self, view, offset, nbytes)
+
+    monkeypatch.setattr(DirectFile, "read_into", read_into)
+    with local_engine(model_dir) as local:
+        with pytest.raises(TierError, match="injected"):
+            local.runner.wait_loaded()
+        with pytest.raises(TierError, match="injected"):
+            step(local.runner, 1)
+
+
+def test_a_model_can_be_closed_while_it_is_loaded(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir = make_model("llama")
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    real = DirectFile.read_into
+
+    def read_into(self: DirectFile, view: memoryview, offset: int, nbytes: int) -> int:
+        time.sleep(0.02)
+        return real(self, view, offset, nbytes)
+
+    monkeypatch.setattr(DirectFile, "read_into", read_into)
+    with local_engine(model_dir) as local:
+        local.engine.close()
+        local.runner.close()
+        with pytest.raises(TierError, match="unloaded"):
+            local.runner.wait_loaded()
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
 

@@ -13,8 +13,10 @@ import pytest
 
 from raytier.errors import TierError
 from raytier.execution.layout import Read
-from raytier.execution.reader import ReaderPool, Urgency
+from raytier.execution.reader import BACKGROUND_SHARE, ReaderPool, Urgency
+from raytier.planner.plan import Tier
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer
+from raytier.tiers.files import DirectFile
 
 pytestmark = pytest.mark.usefixtures("no_reader_thread_is_left")
 
@@ -96,6 +98,36 @@ def test_urgent_reads_overtake(disk, buffer) -> None:
         urgent.wait(30)
         ordinary.wait(30)
     assert gate.offsets == [0, 10 * IO, IO, 2 * IO]
+
+
+def test_transfers_go_on_beside_a_stream_that_never_pauses(disk, buffer) -> None:
+    gate = Gate()
+    with disk.pool(1, IO, preadv=gate.preadv) as pool:
+        stream = pool.submit([Read(0, 0, 12 * IO, 0)], buffer.view)
+        assert gate.arrived.acquire(timeout=30)
+        background = pool.submit([Read(0, 20 * IO, 2 * IO, 12 * IO)], buffer.view, Urgency.BACKGROUND)
+        gate.let.release(100)
+        background.wait(30)
+        stream.wait(30)
+    assert [gate.offsets.index((20 + i) * IO) for i in range(2)] == [BACKGROUND_SHARE - 1, 2 * BACKGROUND_SHARE - 1]
+
+
+def test_files_come_and_go(disk, buffer) -> None:
+    with disk.pool(1, IO) as pool:
+        file = disk.files[0]
+        numbers = [pool.add_file(DirectFile(file.path, file.size), Tier.RAMDISK) for _ in range(2)]
+        assert numbers == [2, 3]
+        pool.submit([Read(2, 0, IO, 0)], buffer.view).wait(30)
+        pool.submit([Read(0, 0, 2 * IO, 0)], buffer.view).wait(30)
+        pool.drop_file(2).close()
+        for use in (lambda: pool.drop_file(2), lambda: pool.submit([Read(2, 0, IO, 0)], buffer.view)):
+            with pytest.raises(ValueError, match="file 2 was dropped"):
+                use()
+        assert (pool.count(Tier.RAMDISK).nbytes, pool.count(Tier.NVME).nbytes) == (IO, 2 * IO)
+        assert pool.add_file(DirectFile(file.path, file.size), Tier.NVME) == 2  # its number is used again
+        for number in (2, 3):
+            pool.drop_file(number).close()
+        assert len(pool.files) == 2
 
 
 def test_cancel_waits_for_running_reads_and_skips_the_rest(disk, buffer) -> None:
