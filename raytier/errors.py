@@ -81,6 +81,20 @@ class InvalidRequestError(RaytierError):
         self.param = param
 
 
+class ParameterNotFoundError(InvalidRequestError):
+    """The loaded model has no such parameter or layer."""
+
+    http_status = 404
+    openai_type = "not_found_error"
+
+
+class ConflictError(RaytierError):
+    """What is asked does not go with what is loaded, or with an operation under way; the message says what to do first."""
+
+    http_status = 409
+    openai_type = "conflict_error"
+
+
 class QueueFullError(RaytierError):
     """The request queue is full; retry after `retry_after_s` seconds."""
 
@@ -90,6 +104,20 @@ class QueueFullError(RaytierError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TransferQueueFullError(QueueFullError):
+    """Too many transfers wait; retry after `retry_after_s` seconds."""
+
+    http_status = 503
+    openai_type = "server_error"
+
+
+class TransferNotFoundError(RaytierError):
+    """No transfer of that id is known (any more)."""
+
+    http_status = 404
+    openai_type = "not_found_error"
 
 
 class EngineDeadError(RaytierError):

@@ -3,53 +3,136 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytier.actors.device import ArenaGrant
+from raytier.config import MIB
 from raytier.errors import ResourceNotAvailableError
+from raytier.tiers.aligned import align_up
 from raytier.tiers.arena import Arena, RangeAllocator
 
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """Sizes in bytes; `owners` maps who holds ranges to how much."""
+    """Sizes in bytes.
+
+    Attributes:
+        capacity: the budget of the pool.
+        free: granted to nobody.
+        largest_free: of one range: a larger parameter cannot be granted room now.
+        touched: taken from the system; a grant takes pages only as its range is filled.
+        owners: model -> bytes granted to its parameters.
+        ranges: number of grants.
+    """
 
     name: str
     pid: int
     capacity: int
     free: int
+    largest_free: int
+    touched: int
     owners: dict[str, int]
+    ranges: int
 
 
 class HostPoolActor:
-    """Owns the arena and says who may use which range; never reads or writes a byte of it.
+    """Owns the arena and says which parameter may use which range; never reads or writes a byte of it.
 
-    The arena is anonymous (memfd): when the node's processes end, however they end, it is gone.
+    The arena has the size of the node's host budget and takes memory only as it is filled. It is anonymous
+    (memfd): when the node's processes end, however they end, it is gone.
     """
 
     def __init__(self, name: str, capacity: int) -> None:
+        """`capacity` in bytes; 0 is a pool that refuses everything.
+
+        Raises:
+            TierError: the kernel refuses an arena of that size.
+        """
         self._name = name
-        self._capacity = capacity
-        self._arena = Arena.create("raytier-host", capacity) if capacity else None
         self._allocator = RangeAllocator(capacity)
-        self._owners: dict[str, int] = {}
+        self._capacity = self._allocator.capacity
+        self._arena = Arena.create("raytier-host", self._capacity) if self._capacity else None
+        self._grants: dict[str, dict[str, ArenaGrant]] = {}  # model -> parameter -> grant
 
     def __repr__(self) -> str:
-        return f"HostPoolActor({self._capacity / 2**20:.0f} MiB)"
+        return f"HostPoolActor({self._capacity / MIB:.0f} MiB)"
 
-    def allocate(self, owner: str, nbytes: int) -> ArenaGrant:
-        """Grant `owner` a range; ResourceNotAvailableError with the numbers when there is none."""
-        if self._arena is None:
+    def reserve(self, model_id: str, sizes: Mapping[str, int]) -> dict[str, ArenaGrant]:
+        """Grant every parameter of `sizes` (name -> bytes) a range of its own: all of them, or none.
+
+        Raises:
+            ResourceNotAvailableError: there is no room; says how much is needed, free, and in one piece.
+            ValueError: a parameter has a range already, or wants no bytes.
+        """
+        held = self._grants.get(model_id, {})
+        if double := [name for name in sizes if name in held]:
+            raise ValueError(f"{model_id}: {double[0]} has a range of the host pool already; free it first")
+        if empty := [name for name, nbytes in sizes.items() if nbytes <= 0]:
+            raise ValueError(f"{model_id}: {empty[0]} wants {sizes[empty[0]]} bytes of the host pool")
+        if self._arena is None and sizes:
             raise ResourceNotAvailableError(
-                f"{owner} wants {nbytes} bytes of a host pool of 0; raise tiers.host.max_mb"
+                f"{model_id}: {sum(sizes.values())} bytes are wanted of a host pool of {self._capacity}; "
+                "raise tiers.host.max_mb"
             )
-        offset = self._allocator.allocate(owner, nbytes)
-        self._owners[owner] = nbytes
-        return ArenaGrant(self._arena.handle, offset, nbytes)
+        placed: dict[str, int] = {}
+        try:
+            # The largest first: what is small finds room in what they leave.
+            for name in sorted(sizes, key=lambda name: -sizes[name]):
+                placed[name] = self._allocator.allocate(_owner(model_id, name), sizes[name])
+        except ResourceNotAvailableError:
+            for name in placed:
+                self._allocator.free(_owner(model_id, name))
+            needed = sum(align_up(nbytes) for nbytes in sizes.values())
+            raise ResourceNotAvailableError(
+                f"no room in the host pool for {len(sizes)} parameters of {model_id}: they need {needed} bytes, the "
+                f"largest of them {align_up(max(sizes.values()))}; {self._allocator.free_bytes} of {self._capacity} "
+                f"are free, {self._allocator.largest_free} of them in one piece. Move or unload something, or raise "
+                "tiers.host.max_mb"
+            ) from None
+        if not placed:
+            return {}
+        assert self._arena is not None
+        handle = self._arena.handle
+        grants = {name: ArenaGrant(handle, placed[name], nbytes) for name, nbytes in sizes.items()}
+        self._grants.setdefault(model_id, {}).update(grants)
+        return grants
+
+    def free(self, model_id: str, names: Sequence[str] | None = None) -> int:
+        """Take back the ranges of these parameters (None: all of the model) and give their pages to the system.
+
+        Nobody may use them any more. A name without a range is passed over. Returns the bytes granted until now.
+        """
+        held = self._grants.get(model_id, {})
+        freed = 0
+        for name in list(held) if names is None else names:
+            if name not in held:
+                continue
+            assert self._arena is not None
+            self._arena.release(*self._allocator.range_of(_owner(model_id, name)))
+            self._allocator.free(_owner(model_id, name))
+            freed += held.pop(name).nbytes
+        if not held:
+            self._grants.pop(model_id, None)
+        return freed
 
     def ping(self) -> str:
         return self._name
 
     def status(self) -> HostStatus:
         self._allocator.check_integrity()
-        return HostStatus(self._name, os.getpid(), self._capacity, self._allocator.free_bytes, dict(self._owners))
+        return HostStatus(
+            name=self._name,
+            pid=os.getpid(),
+            capacity=self._capacity,
+            free=self._allocator.free_bytes,
+            largest_free=self._allocator.largest_free,
+            touched=0 if self._arena is None else self._arena.touched_bytes,
+            owners={model: sum(g.nbytes for g in grants.values()) for model, grants in self._grants.items()},
+            ranges=sum(len(grants) for grants in self._grants.values()),
+        )
+
+
+def _owner(model_id: str, name: str) -> str:
+    """Owner of a range; quoted, so that no two pairs are the same."""
+    return f"{model_id!r} {name!r}"

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
 from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierError
 from raytier.execution import linears
-from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor, members
+from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor
 from raytier.execution.bus import Bus
 from raytier.execution.gate import SweepGate
-from raytier.execution.layout import StreamUnit, row_bytes, sweep_units
+from raytier.execution.layout import row_bytes
 from raytier.execution.loading import ResidentLoader, begin_read
 from raytier.execution.reader import Urgency
 from raytier.execution.rows import RowFetcher
 from raytier.execution.sources import Sources
-from raytier.execution.stream import StreamStats, WeightStream
+from raytier.execution.streamed import StreamedWeights, SweepPlan
 from raytier.execution.vocabulary import attach_embedding, project_in_chunks
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier
 from raytier.planner.sizing import HEAD_CHUNK_ALONE, always_resident, resident_nbytes
@@ -35,8 +35,6 @@ from raytier.tiers.aligned import AlignedBuffer
 from raytier.tiers.copies import TierCopy
 
 MIB = 2**20
-#: Units of a ring that no plan has sized: one computes, two arrive.
-_RING_UNITS = 3
 
 
 class Weights:
@@ -77,20 +75,15 @@ class Weights:
         self._dtype = TORCH_DTYPES[sources.manifest.compute_dtype]
         self._resident: dict[str, Tensor] = {}  # of the device tier, as they are bound
         self._host: dict[str, Tensor] = {}
-        self._units: tuple[StreamUnit, ...] = ()
-        self._layer_unit: dict[int, int] = {}
-        self._ramdisk_bytes: tuple[int, ...] = ()
-        self._ring: AlignedBuffer | None = None
-        self._stream: WeightStream | None = None
-        self._stats = StreamStats()
+        self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
         self._rows: RowFetcher | None = None
         self._closed = False
-        self.rows_streamed = self.bytes_streamed_ramdisk = self.bytes_loaded = 0
+        self._rows_streamed = self._rows_ramdisk = self.bytes_loaded = 0
         self._head = model.get_output_embeddings()  # type: ignore[operator]
         self._head_chunked = False
         self._attach(model, layers)
         self._wire_head()
-        self._start_stream(*self._stream_plan(sources.manifest, self._tier_of))
+        self._streamed.start(SweepPlan.of(sources.manifest, self._tier_of, share))
         groups = self._resident_groups()
         self.bytes_to_load = sum(self.manifest.by_name[name].nbytes for _, names in groups for name in names)
         self._loader = ResidentLoader(groups, self._begin_load, self._pack_all)
@@ -177,54 +170,6 @@ class Weights:
     def loaded(self) -> bool:
         return self._loader.done
 
-    # Streaming
-
-    def _stream_plan(self, manifest: ModelManifest, tier_of: Mapping[str, Tier]) -> tuple[tuple[StreamUnit, ...], int]:
-        """Units of a sweep and the ring's bytes for them (0 without units): as planned, or more if a unit needs it."""
-        head = manifest.by_name[manifest.head]
-        rows = self._share.head_chunk_rows or max(1, min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head))
-        units = sweep_units(manifest, tier_of, rows)
-        if not units:
-            return units, 0
-        largest = max(unit.nbytes for unit in units)
-        ring = self._share.ring_bytes
-        return units, ring if ring >= min(2, len(units)) * largest else min(_RING_UNITS, len(units)) * largest
-
-    def _start_stream(self, units: tuple[StreamUnit, ...], ring_bytes: int) -> None:
-        """Begin to stream `units`, in place of what was streamed before."""
-        if units == self._units and (self._ring.nbytes if self._ring else 0) == ring_bytes:
-            return
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        if self._ring is None or self._ring.nbytes != ring_bytes:
-            if self._ring is not None and self._bus is not None:
-                self._bus.unpin(self._ring.address)
-            self._ring = AlignedBuffer(ring_bytes) if ring_bytes else None
-            if self._ring is not None and self._bus is not None:
-                self._bus.pin_range(self._ring.address, self._ring.nbytes)
-        self._units = units
-        self._layer_unit = {unit.layer: index for index, unit in enumerate(units) if unit.layer is not None}
-        self._ramdisk_bytes = tuple(
-            sum(member.nbytes for member in unit.members if self._tier_of[member.name] is Tier.RAMDISK)
-            for unit in units
-        )
-        if self._ring is not None:
-            window = max(self._share.window, _RING_UNITS - 1)
-            self._stream = WeightStream(units, self._sources.pool, self._ring, window, self._stats)
-            self._stream.start()
-
-    def _acquire(self, index: int) -> dict[str, Tensor]:
-        assert self._stream is not None
-        tensors = members(self._units[index], self._stream.acquire(index), self.manifest)
-        self.bytes_streamed_ramdisk += self._ramdisk_bytes[index]
-        return tensors
-
-    def _release(self, index: int | None) -> None:
-        if index is not None:
-            assert self._stream is not None
-            self._stream.release(index)
-
     # Hooks
 
     def _attach(self, model: nn.Module, layers: nn.ModuleList) -> None:
@@ -240,14 +185,15 @@ class Weights:
         def enter(_module: nn.Module, _args: Any) -> None:
             if not self._loader.done:
                 self._loader.wait(number)
-            index = self._layer_unit.get(number)
+            index = self._streamed.unit_of(number)
             if index is None and self._bus is None:
                 return
-            tensors = self._acquire(index) if index is not None else {}
+            tensors = self._streamed.acquire(index) if index is not None else {}
             if self._bus is not None:
                 tensors |= {name: self._host[name] for name in names if name in self._host}
                 tensors = self._bus.upload(tensors)
-                self._release(index)
+                if index is not None:
+                    self._streamed.release(index)
             for name, tensor in tensors.items():
                 self._bindings.bind(name, tensor)
             bound.extend(tensors)
@@ -256,8 +202,9 @@ class Weights:
             if bound:
                 self._bindings.unbind(bound)
                 bound.clear()
-                if self._bus is None:
-                    self._release(self._layer_unit.get(number))
+                index = self._streamed.unit_of(number)
+                if index is not None and self._bus is None:
+                    self._streamed.release(index)
 
         layer.register_forward_pre_hook(enter)
         layer.register_forward_hook(leave)
@@ -278,9 +225,9 @@ class Weights:
         if self._rows is None:
             self._rows = RowFetcher(parameter, self.manifest.files, self._sources.pool)
         table = as_tensor(self._rows.fetch(rows), parameter, 0, len(rows))
-        self.rows_streamed += table.nbytes
+        self._rows_streamed += table.nbytes
         if self._tier_of[parameter.name] is Tier.RAMDISK:
-            self.bytes_streamed_ramdisk += table.nbytes
+            self._rows_ramdisk += table.nbytes
         return table
 
     def _wire_head(self) -> None:
@@ -300,11 +247,10 @@ class Weights:
     def _head_chunks(self, head: Parameter) -> Iterator[Tensor]:
         """Rows of the head in order, each chunk valid until the next one is asked for."""
         if self._tier_of[head.name] in FILE_TIERS:
-            for index, unit in enumerate(self._units):
-                if unit.rows is not None:
-                    chunk = self._acquire(index)
-                    yield (chunk if self._bus is None else self._bus.upload(chunk))[head.name]
-                    self._release(index)
+            for index in self._streamed.head_units():
+                chunk = self._streamed.acquire(index)
+                yield (chunk if self._bus is None else self._bus.upload(chunk))[head.name]
+                self._streamed.release(index)
         else:
             assert self._bus is not None
             for rows in torch.split(self._host[head.name], max(1, HEAD_CHUNK_ALONE // row_bytes(head))):
@@ -379,8 +325,8 @@ class Weights:
         try:
             where = {name: copies.get(name) if destination in FILE_TIERS else None for name in came_from}
             manifest = self._sources.relocated(where, destination)
-            units, ring_bytes = self._stream_plan(manifest, tier_of)
-            self._check_room(tier_of, ring_bytes)
+            plan = SweepPlan.of(manifest, tier_of, self._share)
+            self._check_room(tier_of, plan.ring_bytes)
         except BaseException:
             self._sources.adopt(self.manifest)
             raise
@@ -393,7 +339,7 @@ class Weights:
             if host is not None and self._bus is not None:
                 self._bus.unpin(host.data_ptr())
         self._wire_head()
-        self._start_stream(units, ring_bytes)
+        self._streamed.start(plan)
         self._sources.adopt(manifest)
         for name, tensor in ready.items():
             if destination is Tier.HOST:
@@ -433,23 +379,27 @@ class Weights:
 
     @property
     def ring_bytes(self) -> int:
-        return self._ring.nbytes if self._ring is not None else 0
+        return self._streamed.ring_bytes
 
     @property
     def bytes_streamed(self) -> int:
         """Parameter bytes from ramdisk and disk that steps have used so far, embedding rows included."""
-        return self.rows_streamed + self._stats.bytes_consumed
+        return self._rows_streamed + self._streamed.stats.bytes_consumed
+
+    @property
+    def bytes_streamed_ramdisk(self) -> int:
+        """Of these, what came from the ramdisk."""
+        return self._rows_ramdisk + self._streamed.bytes_ramdisk
 
     @property
     def io_wait_s(self) -> float:
         """Seconds that the computing thread has waited for the ring so far."""
-        return self._stats.io_wait_s
+        return self._streamed.stats.io_wait_s
 
     def abandon_sweep(self) -> None:
         """After a step that failed half-way: drop what the ring holds; the next step starts a new sweep."""
         self._bindings.unbind(name for name, tier in self._tier_of.items() if tier in FILE_TIERS)
-        if self._stream is not None:
-            self._stream.cancel()
+        self._streamed.cancel()
 
     def close(self) -> None:
         """Stop loading and streaming and let go of all memory."""
@@ -458,8 +408,7 @@ class Weights:
 
     def _close(self) -> None:
         self._closed = True
-        if self._stream is not None:
-            self._stream.close()
+        self._streamed.close()
         if self._bus is not None:
             self._bus.close()
         self._bindings.close()
@@ -467,4 +416,3 @@ class Weights:
         self._host.clear()
         self._host_views.clear()
         self._rows = None
-        self._ring = self._stream = None

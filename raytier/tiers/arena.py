@@ -41,6 +41,9 @@ class Arena:
     def create(cls, name: str, nbytes: int) -> Arena:
         """A new arena of `nbytes` rounded up to pages; `name` shows in /proc/<pid>/maps. Pages are taken when touched.
 
+        Small pages: huge ones for a memfd need the administrator (shmem_enabled), and ranges aligned to them brought
+        nothing without.
+
         Raises:
             TierError: the kernel refuses.
         """
@@ -88,6 +91,31 @@ class Arena:
         if self._view is None:
             raise ValueError("the arena is closed")
         return self._view
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of the pages that it takes from the system now."""
+        if self._fd < 0:
+            raise ValueError("the arena is closed")
+        return os.fstat(self._fd).st_blocks * 512
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Give the pages of a range back to the system, for all processes at once; it reads as zeros from now on.
+
+        Whoever filled the range must have stopped using it. Both numbers are multiples of `ALIGNMENT`.
+
+        Raises:
+            TierError: the kernel refuses.
+        """
+        if offset % ALIGNMENT or nbytes % ALIGNMENT or not 0 <= offset <= offset + nbytes <= self.nbytes:
+            raise ValueError(f"cannot release {nbytes} bytes at {offset} of an arena of {self.nbytes}")
+        memory = self.view.obj
+        assert isinstance(memory, mmap.mmap)
+        try:
+            # On shared memory this punches a hole, as fallocate does; Python has no fallocate that could.
+            memory.madvise(mmap.MADV_REMOVE, offset, nbytes)
+        except OSError as error:
+            raise TierError(f"cannot release {nbytes} bytes at {offset} of the arena: {error}") from error
 
     def close(self) -> None:
         """Give up the descriptor; the memory goes when the last view of it does (see `AlignedBuffer.close`)."""

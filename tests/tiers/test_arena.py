@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -69,6 +70,34 @@ def test_no_process_can_resize_it() -> None:
         for size in (0, 8192):
             with pytest.raises(PermissionError):
                 os.ftruncate(arena.handle.fd, size)
+
+
+def test_released_pages_go_back_to_the_system_for_all_who_map_them() -> None:
+    with Arena.create("raytier-test", 64 << 20) as arena, Arena.attach(arena.handle) as peer:
+        assert arena.touched_bytes == 0, "a budget that nobody fills costs nothing"
+        arena.view[:] = b"x" * len(arena.view)
+        assert arena.touched_bytes == 64 << 20
+        before = _resident_shared()
+        arena.release(16 << 20, 32 << 20)
+        assert arena.touched_bytes == peer.touched_bytes == 32 << 20
+        assert before - _resident_shared() >= 31 << 20
+        assert bytes(peer.view[(16 << 20) - 1 : (16 << 20) + 1]) == b"x\0"
+        assert bytes(peer.view[(48 << 20) - 1 : (48 << 20) + 1]) == b"\0x"
+        arena.view[16 << 20] = 7  # the range can be filled again
+        assert peer.view[16 << 20] == 7
+        assert arena.touched_bytes == (32 << 20) + 2 * 4096, "reading one takes a page as well"
+
+
+def _resident_shared() -> int:
+    """Bytes of shared memory that this process has in its page tables."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssShmem:")[2].split()[0]) * 1024
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(1, 4096), (0, 1), (-4096, 4096), (4096, 8192), (0, -4096)])
+def test_release_of_what_is_no_range_is_refused(offset: int, nbytes: int) -> None:
+    with Arena.create("raytier-test", 8192) as arena, pytest.raises(ValueError, match="cannot release"):
+        arena.release(offset, nbytes)
 
 
 def test_descriptors_are_closed() -> None:

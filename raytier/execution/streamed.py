@@ -1,0 +1,117 @@
+"""The streamed part of one model: the units that a sweep brings and their ring, both anew after a move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from raytier.checkpoint.manifest import ModelManifest
+from raytier.execution.binding import members
+from raytier.execution.bus import Bus
+from raytier.execution.layout import StreamUnit, row_bytes, sweep_units
+from raytier.execution.reader import ReaderPool
+from raytier.execution.stream import StreamStats, WeightStream
+from raytier.planner.plan import DevicePlan, Tier
+from raytier.planner.sizing import HEAD_CHUNK_ALONE
+from raytier.tiers.aligned import AlignedBuffer
+
+#: Units of a ring that no plan has sized: one computes, two arrive.
+_RING_UNITS = 3
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What every sweep streams: its units in order, and the ring's bytes for them (0 without units)."""
+
+    manifest: ModelManifest
+    units: tuple[StreamUnit, ...]
+    ring_bytes: int
+    ramdisk_bytes: tuple[int, ...]  # parameter bytes of each unit that come from the ramdisk
+
+    @classmethod
+    def of(cls, manifest: ModelManifest, tier_of: Mapping[str, Tier], share: DevicePlan) -> SweepPlan:
+        """For a placement; the ring is as `share` has it, or larger where a unit needs that."""
+        head = manifest.by_name[manifest.head]
+        rows = share.head_chunk_rows or max(1, min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head))
+        units = sweep_units(manifest, tier_of, rows)
+        largest = max((unit.nbytes for unit in units), default=0)
+        fits = share.ring_bytes >= min(2, len(units)) * largest
+        ring = share.ring_bytes if fits else min(_RING_UNITS, len(units)) * largest
+        ramdisk = (sum(m.nbytes for m in unit.members if tier_of[m.name] is Tier.RAMDISK) for unit in units)
+        return cls(manifest, units, ring if units else 0, tuple(ramdisk))
+
+
+class StreamedWeights:
+    """Streams what a `SweepPlan` says, sweep after sweep; used by the thread that computes, or while it does not.
+
+    Attributes:
+        stats: totals over all plans.
+        bytes_ramdisk: of what was consumed, the bytes from the ramdisk.
+    """
+
+    def __init__(self, pool: ReaderPool, window: int, bus: Bus | None) -> None:
+        self._pool = pool
+        self._window = max(window, _RING_UNITS - 1)
+        self._bus = bus
+        self._plan: SweepPlan | None = None
+        self._unit_of: dict[int, int] = {}
+        self._ring: AlignedBuffer | None = None
+        self._stream: WeightStream | None = None
+        self.stats = StreamStats()
+        self.bytes_ramdisk = 0
+
+    def start(self, plan: SweepPlan) -> None:
+        """Begin to stream by `plan`, in place of what was streamed before; prefetches that it shares are kept."""
+        before, self._plan = self._plan, plan
+        if before is not None and (before.units, before.ring_bytes) == (plan.units, plan.ring_bytes):
+            return
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self.ring_bytes != plan.ring_bytes:
+            if self._ring is not None and self._bus is not None:
+                self._bus.unpin(self._ring.address)
+            self._ring = None  # before the new one is made: both together may be more than there is room for
+            self._ring = AlignedBuffer(plan.ring_bytes) if plan.ring_bytes else None
+            if self._ring is not None and self._bus is not None:
+                self._bus.pin_range(self._ring.address, self._ring.nbytes)
+        self._unit_of = {unit.layer: index for index, unit in enumerate(plan.units) if unit.layer is not None}
+        if self._ring is not None:
+            self._stream = WeightStream(plan.units, self._pool, self._ring, self._window, self.stats)
+            self._stream.start()
+
+    @property
+    def ring_bytes(self) -> int:
+        return self._ring.nbytes if self._ring is not None else 0
+
+    def unit_of(self, layer: int) -> int | None:
+        """Index of the unit that brings parameters of a decoder layer; None when all of it is in memory."""
+        return self._unit_of.get(layer)
+
+    def head_units(self) -> Iterator[int]:
+        """Indices of the units that bring the output head, in the order of its rows."""
+        assert self._plan is not None
+        return (index for index, unit in enumerate(self._plan.units) if unit.rows is not None)
+
+    def acquire(self, index: int) -> dict[str, Tensor]:
+        """The parameters of a unit by name, as views into the ring, until its `release`; see `WeightStream.acquire`."""
+        assert self._stream is not None and self._plan is not None
+        tensors = members(self._plan.units[index], self._stream.acquire(index), self._plan.manifest)
+        self.bytes_ramdisk += self._plan.ramdisk_bytes[index]
+        return tensors
+
+    def release(self, index: int) -> None:
+        assert self._stream is not None
+        self._stream.release(index)
+
+    def cancel(self) -> None:
+        """Drop what the ring holds; the next sweep starts anew."""
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._ring = self._stream = None

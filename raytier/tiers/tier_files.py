@@ -1,0 +1,362 @@
+"""Bit-exact copies of parameters in files of a tier, in one directory or striped over several."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from raytier.checkpoint.manifest import Parameter, SourceFile
+from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvailableError, TierError
+from raytier.tiers.aligned import align_up
+from raytier.tiers.copies import TierCopy
+from raytier.tiers.copying import CopyJob, Opener, copy_all
+from raytier.tiers.owners import OwnedDirectory, owner_name, remove_leftovers
+from raytier.tiers.striping import file_sizes, stripe_extents
+
+logger = logging.getLogger(__name__)
+
+#: Called with bytes written and bytes to be written, by one thread at a time.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryUsage:
+    """One directory of a tier: what it holds of it, and what its filesystem has free. Sizes in bytes."""
+
+    path: str
+    files: int
+    nbytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """What a tier's own files take, and what has been done to them. Sizes in bytes, padding included.
+
+    Attributes:
+        capacity: that may be stored; None: as much as the filesystems have room for.
+        writes, bytes_written: requests and bytes since the tier was opened.
+        source_bytes_read: read from checkpoint files in order to copy them.
+        errors: copies and removals that failed.
+    """
+
+    files: int
+    nbytes: int
+    capacity: int | None
+    writes: int
+    bytes_written: int
+    source_bytes_read: int
+    errors: int
+    directories: tuple[DirectoryUsage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A parameter's copy and the directories (by number) of its files."""
+
+    copy: TierCopy
+    directories: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.size for file in self.copy.files)
+
+
+class TierFiles:
+    """Copies of parameters, one file per parameter and directory, for as long as this process lives.
+
+    Files lie in a directory of this process below each of `directories`; those of processes that have died are removed
+    when the next one starts. Names on disk are hashes: no model or parameter name reaches a path.
+
+    Stores and removals wait for each other; everything else answers at once. Any thread may call anything.
+
+    Invariant: the files of the own directories are those of the registered copies, plus those of the one store that is
+    under way.
+
+    Args:
+        directories: existing ones, on one or several filesystems.
+        stripe_bytes: what is larger is striped over all directories that have room; rounded up to whole blocks.
+        capacity_bytes: limit of all files together, None: none.
+        min_free_bytes: stays free on every filesystem.
+        advice: what the user can do when there is no room.
+        owner: name of the own directories; None: this process.
+        opener: stand-in for `os.open` of the files that are written (fault injection).
+
+    Raises:
+        ConfigurationError: a directory is missing or cannot be written to.
+        ResourceNotAvailableError: this process uses one of them already.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[str],
+        stripe_bytes: int,
+        capacity_bytes: int | None = None,
+        min_free_bytes: int = 0,
+        *,
+        advice: str = "remove something",
+        owner: str | None = None,
+        opener: Opener = os.open,
+    ) -> None:
+        if not directories or stripe_bytes <= 0:
+            raise ConfigurationError(f"directories {list(directories)!r} with stripes of {stripe_bytes} bytes")
+        self._stripe_bytes = align_up(stripe_bytes)
+        self._capacity = capacity_bytes
+        self._min_free = min_free_bytes
+        self._advice = advice
+        self._opener = opener
+        self._stored: dict[str, dict[str, _Stored]] = {}  # model -> parameter -> copy
+        self._writes = self._bytes_written = self._source_bytes_read = self._errors = 0
+        self._lock = threading.Lock()  # the fields above
+        self._storing = threading.Lock()  # the files; taken before `_lock`
+        self._closing = threading.Event()
+        self._directories: list[OwnedDirectory] = []
+        try:
+            for path in directories:
+                for leftover in remove_leftovers(path):
+                    logger.info("removed %s, left by a process that has died", leftover)
+                self._directories.append(OwnedDirectory(os.path.realpath(path), owner or owner_name()))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The own directories."""
+        return tuple(directory.path for directory in self._directories)
+
+    def store(
+        self,
+        model_id: str,
+        sources: Sequence[SourceFile],
+        parameters: Sequence[Parameter],
+        progress: Progress | None = None,
+    ) -> dict[str, TierCopy]:
+        """Copy `parameters`, whose extents lie in `sources`, bit for bit: all of them, or none.
+
+        Raises:
+            ResourceNotAvailableError: there is no room; says where, needed, free, and what to do.
+            CheckpointError: a source is missing, has changed, or does not hold a parameter.
+            TierError: reading or writing failed, one of them has a copy already, or the tier is being closed.
+        """
+        with self._storing:
+            try:
+                if self._closing.is_set():
+                    raise TierError("the tier has been closed")
+                placed = self._place(model_id, parameters)
+                self._copy(sources, parameters, placed, progress)
+            except BaseException:
+                with self._lock:
+                    self._errors += 1
+                raise
+            with self._lock:
+                self._stored.setdefault(model_id, {}).update(placed)
+            return {name: stored.copy for name, stored in placed.items()}
+
+    def _place(self, model_id: str, parameters: Sequence[Parameter]) -> dict[str, _Stored]:
+        """Directories and stripes for `parameters`; nothing is written."""
+        with self._lock:
+            held = dict(self._stored.get(model_id, {}))
+            usage = self._usage()
+            stored_bytes = sum(nbytes for _, nbytes in usage)
+        used = [nbytes for _, nbytes in usage]
+        devices = [os.stat(directory.path).st_dev for directory in self._directories]
+        room: dict[int, int] = {}  # per filesystem
+        for directory, device in zip(self._directories, devices, strict=True):
+            room[device] = _free_bytes(directory.path) - self._min_free
+        placed: dict[str, _Stored] = {}
+        for parameter in parameters:
+            if parameter.name in held or parameter.name in placed:
+                raise TierError(f"{model_id}: {parameter.name} has a copy already; remove it first")
+            if parameter.nbytes and not parameter.extents:
+                raise CheckpointError(f"{parameter.name} has no bytes: the model directory holds no weights")
+            copy, chosen = self._spread(model_id, parameter, used, devices, room)
+            for number, file in zip(chosen, copy.files, strict=True):
+                used[number] += file.size
+                room[devices[number]] -= file.size
+            placed[parameter.name] = _Stored(copy, chosen)
+        needed = sum(stored.nbytes for stored in placed.values())
+        if self._capacity is not None and stored_bytes + needed > self._capacity:
+            raise ResourceNotAvailableError(
+                f"{model_id}: {needed} bytes are to be copied to {self._names()}, "
+                f"{max(0, self._capacity - stored_bytes)} of the tier's {self._capacity} are free; {self._advice}"
+            )
+        return placed
+
+    def _spread(
+        self, model_id: str, parameter: Parameter, used: list[int], devices: list[int], room: dict[int, int]
+    ) -> tuple[TierCopy, tuple[int, ...]]:
+        """Spread one parameter over the directories that have room for their part, the least filled first."""
+        candidates = sorted(range(len(used)), key=lambda number: (used[number], number))
+        short = ""
+        while candidates:
+            extents = stripe_extents(parameter.nbytes, len(candidates), self._stripe_bytes)
+            sizes = file_sizes(extents)
+            chosen = tuple(candidates[: len(sizes)])
+            needed: dict[int, int] = {}
+            for number, size in zip(chosen, sizes, strict=True):
+                needed[devices[number]] = needed.get(devices[number], 0) + size
+            full = [device for device, nbytes in needed.items() if nbytes > room[device]]
+            if not full:
+                name = hashlib.sha256(repr((model_id, parameter.name)).encode()).hexdigest()[:40]
+                paths = [os.path.join(self._directories[number].path, name) for number in chosen]
+                files = tuple(SourceFile(path, size) for path, size in zip(paths, sizes, strict=True))
+                return TierCopy(files, extents), chosen
+            if not short:
+                where = next(self._directories[n].parent for n in chosen if devices[n] == full[0])
+                short = f"{where}: {needed[full[0]]} bytes are needed, {max(0, room[full[0]])} may be used"
+            candidates = [number for number in candidates if devices[number] not in full]
+        kept = f" ({self._min_free} of what is free stay free)" if self._min_free else ""
+        raise ResourceNotAvailableError(f"no room for {parameter.name} in {short}{kept}; {self._advice}")
+
+    def _copy(
+        self,
+        sources: Sequence[SourceFile],
+        parameters: Sequence[Parameter],
+        placed: dict[str, _Stored],
+        progress: Progress | None,
+    ) -> None:
+        """Write the files of `placed`; on an error none of them is left."""
+        jobs = [
+            CopyJob(file.path, file.size, parameter.extents, placed[parameter.name].copy.extents, index)
+            for parameter in parameters
+            for index, file in enumerate(placed[parameter.name].copy.files)
+        ]
+        total = sum(job.size for job in jobs)
+        done = 0
+        telling = threading.Lock()  # not `_lock`: who is told may ask back
+
+        def wrote(written: int, read: int) -> None:
+            nonlocal done
+            with self._lock:
+                self._writes += 1
+                self._bytes_written += written
+                self._source_bytes_read += read
+            with telling:
+                done += written
+                if progress is not None:
+                    progress(done, total)
+
+        with ExitStack() as undo:
+            undo.callback(self._unlink, [job.path for job in jobs])
+            try:
+                copy_all(jobs, sources, wrote, self._closing.is_set, self._opener)
+            except OSError as error:
+                raise self._no_room(error, total - done) from error
+            undo.pop_all()
+
+    def _no_room(self, error: OSError, missing: int) -> ResourceNotAvailableError:
+        path = next((d.parent for d in self._directories if str(error.filename).startswith(d.path)), self._names())
+        free = _free_bytes(path) if os.path.isdir(path) else 0
+        return ResourceNotAvailableError(
+            f"{path} is full ({error.strerror}): {missing} bytes were still to be written, {free} are free; "
+            f"{self._advice}"
+        )
+
+    def remove(self, model_id: str, names: Sequence[str] | None = None) -> int:
+        """Remove the copies of these parameters (None: all of the model), which nobody reads any more.
+
+        A name without a copy is passed over. Returns the bytes that were freed.
+
+        Raises:
+            TierError: a file could not be removed; what could be is.
+        """
+        with self._storing:
+            with self._lock:
+                held = self._stored.get(model_id, {})
+                wanted = [(name, held[name]) for name in (list(held) if names is None else names) if name in held]
+            freed, left = 0, []
+            for name, stored in wanted:
+                failed = self._unlink([file.path for file in stored.copy.files])
+                if failed:
+                    left.append(failed[0])
+                    continue
+                freed += stored.nbytes
+                with self._lock:
+                    held.pop(name, None)
+                    if not held:
+                        self._stored.pop(model_id, None)
+            if left:
+                raise TierError(f"{model_id}: {len(left)} copies could not be removed: {left[0]}")
+            return freed
+
+    def _unlink(self, paths: Sequence[str]) -> list[str]:
+        """Remove files that exist; what could not be removed and why."""
+        failed = []
+        for path in paths:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                logger.warning("cannot remove %s: %s", path, error)
+                failed.append(f"{path}: {error.strerror}")
+        with self._lock:
+            self._errors += len(failed)
+        return failed
+
+    def usage(self) -> TierUsage:
+        with self._lock:
+            usage = self._usage()
+            counters = self._writes, self._bytes_written, self._source_bytes_read, self._errors
+        directories = tuple(
+            DirectoryUsage(directory.parent, files, nbytes, _free_bytes(directory.parent))
+            for directory, (files, nbytes) in zip(self._directories, usage, strict=True)
+        )
+        return TierUsage(
+            sum(d.files for d in directories),
+            sum(d.nbytes for d in directories),
+            self._capacity,
+            *counters,
+            directories,
+        )
+
+    def _usage(self) -> list[tuple[int, int]]:
+        """(files, bytes) per directory; called with the lock held."""
+        usage = [(0, 0)] * len(self._directories)
+        for copies in self._stored.values():
+            for stored in copies.values():
+                for number, file in zip(stored.directories, stored.copy.files, strict=True):
+                    files, nbytes = usage[number]
+                    usage[number] = (files + 1, nbytes + file.size)
+        return usage
+
+    def _names(self) -> str:
+        return ", ".join(directory.parent for directory in self._directories)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless the files on disk are those of the registered copies; waits for a store."""
+        with self._storing, self._lock:
+            known: list[set[str]] = [set() for _ in self._directories]
+            for copies in self._stored.values():
+                for stored in copies.values():
+                    for number, file in zip(stored.directories, stored.copy.files, strict=True):
+                        known[number].add(os.path.basename(file.path))
+                        assert os.stat(file.path).st_size == file.size
+            for directory, names in zip(self._directories, known, strict=True):
+                assert directory.files() == names, directory.path
+
+    def close(self, *, remove: bool = True) -> None:
+        """Stop a store under way and remove everything (or leave it to the next process). May be called again."""
+        self._closing.set()
+        with self._storing:
+            with self._lock:
+                self._stored.clear()
+            for directory in self._directories:
+                directory.close(remove=remove)
+
+    def __enter__(self) -> TierFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _free_bytes(path: str) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
