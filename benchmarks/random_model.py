@@ -66,6 +66,8 @@ class Shape:
 
 #: 1.1 B parameters, 2.2 GB: the shape of TinyLlama.
 LLAMA_1B = Shape(hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4, vocab=32000)
+#: 3.0 B parameters, 6.0 GB: the proportions of Llama 3.2 3B with a smaller vocabulary.
+LLAMA_3B = Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, vocab=32000)
 #: 0.15 B parameters, 300 MB.
 LLAMA_QUICK = Shape(hidden=1024, intermediate=2816, layers=12, heads=16, kv_heads=4, vocab=8000)
 

@@ -89,7 +89,7 @@ class ParameterNotFoundError(InvalidRequestError):
 
 
 class ConflictError(RaytierError):
-    """What is asked does not go with what is loaded, or with an operation under way; the message says what to do first."""
+    """What is asked does not go with what is loaded, or with what is under way; the message says what to do first."""
 
     http_status = 409
     openai_type = "conflict_error"

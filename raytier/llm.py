@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -12,12 +13,17 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from raytier.actors.group import ActorGroup, GroupStatus
+from raytier.actors.model import LoadedModel
 from raytier.actors.prepare import prepare
+from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import parse_config
 from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.engine.sampling_params import SamplingParams
 from raytier.errors import CheckpointError, ResourceNotAvailableError
+from raytier.execution.parameters import ParameterStatus
+from raytier.hardware.rates import Rates
 from raytier.planner.plan import WeightPlan
+from raytier.tiers.transfers import DEFAULT_PRIORITY, Transfer
 
 _PLACEMENT_TIMEOUT_S = 60.0
 
@@ -76,7 +82,9 @@ class LLM:
                     "something else holds its resources"
                 )
             self._group = ActorGroup(f"llm-{id(self):x}", self._config, resources, self._placement_group)
-            self.engine = self._group.start(description)
+            self._group.start(with_model=True)
+            self.engine = self._group.load_model(description)
+            self._group.wait_loaded()
         except ray.exceptions.RayTaskError as error:
             self.close()
             raise error.cause from None
@@ -127,9 +135,59 @@ class LLM:
 
     @property
     def plan(self) -> WeightPlan:
-        """Where the parameters live, and what that was predicted to cost."""
-        assert self._group is not None and self._group.plan is not None
-        return self._group.plan
+        """Where the parameters were put when the model was loaded, and what that was predicted to cost."""
+        return self._model.plan
+
+    @property
+    def rates(self) -> Rates:
+        """How fast this node was measured to be: what the plan was made by."""
+        return self._model.rates
+
+    @property
+    def manifest(self) -> ModelManifest:
+        """What the model is made of."""
+        return self._model.description.manifest
+
+    def layers(self) -> tuple[ParameterStatus, ...]:
+        """Every parameter and where it is now; raises as `status`."""
+        assert self._group is not None
+        return self._group.layers()
+
+    def transfer(
+        self,
+        parameter: int | str | None = None,
+        destination: str = "",
+        priority: int = DEFAULT_PRIORITY,
+        *,
+        layer: int | None = None,
+        on_finished: Callable[[Transfer], None] | None = None,
+    ) -> Future[Transfer]:
+        """Move a parameter (its name, or its place in `layers()`), or a decoder layer, while generation goes on.
+
+            llm.transfer(layer=3, destination="nvme").result()
+
+        Args:
+            destination: cpu or host, gpu:N or device:N, ramdisk, nvme.
+            priority: 1 (first) to 10.
+            on_finished: called with the end of the transfer, on a thread of this object's.
+
+        Returns:
+            What becomes the finished transfer, failed or completed: `state` and `reason` say which.
+
+        Raises:
+            ParameterNotFoundError, InvalidRequestError: what is to move, or where to, does not exist or cannot be.
+            TransferQueueFullError: too many wait. ResourceNotAvailableError: this object is closed.
+        """
+        assert self._group is not None
+        mover = self._model.mover
+        target, tier = mover.target(parameter, layer=layer), mover.destination(destination)
+        transfers = self._group.transfers
+        return transfers.future(transfers.submit(mover.model_id, target, tier, priority, on_finished).id)
+
+    @property
+    def _model(self) -> LoadedModel:
+        assert self._group is not None and self._group.model is not None
+        return self._group.model
 
     def close(self) -> None:
         """End the engine and its actors and, where this object started it, Ray. A second call does nothing."""

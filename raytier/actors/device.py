@@ -12,7 +12,7 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class DeviceStatus:
     """What a device holds and has done. Sizes in bytes, times in seconds.
 
     Attributes:
+        reads_queued: read requests, nearly all of them prefetches, that wait for a thread.
         bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
     """
 
@@ -86,6 +87,7 @@ class DeviceStatus:
     steps: int
     busy_s: float
     bytes_read: int
+    reads_queued: int
     bytes_loaded: int
     bytes_to_load: int
 
@@ -114,12 +116,23 @@ class DeviceActor:
     def __repr__(self) -> str:
         return f"DeviceActor({self._device}, {self._threads} threads)"
 
-    def rates(self, path: str, dtype: str, cache_dir: str) -> Rates:
-        """Rates of this node with the disk of `path`: cached, else measured here in about two seconds."""
+    def rates(
+        self, path: str, dtype: str, cache_dir: str, nvme_paths: Sequence[str] = (), ramdisk: str | None = None
+    ) -> Rates:
+        """Rates of this node with the disk of `path`, or of the tiers' directories: cached, else measured here in a few
+        seconds."""
         from raytier.execution.rates import node_rates
 
         kind = self._device.partition(":")[0]
-        return node_rates(path, dtype=dtype, threads=self._threads, cache_dir=cache_dir, kind=kind)
+        return node_rates(
+            path,
+            dtype=dtype,
+            threads=self._threads,
+            cache_dir=cache_dir,
+            kind=kind,
+            nvme_paths=nvme_paths,
+            ramdisk=ramdisk,
+        )
 
     def load(
         self,
@@ -258,6 +271,7 @@ class DeviceActor:
             steps=self._steps,
             busy_s=self._busy_s,
             bytes_read=runner.bytes_read if runner is not None else 0,
+            reads_queued=runner.reads_queued if runner is not None else 0,
             bytes_loaded=loaded,
             bytes_to_load=to_load,
         )

@@ -1,4 +1,4 @@
-"""What joins an engine to its actors: steps to the DeviceActor, reports to the ledger and the disk tier."""
+"""What joins an engine to its actors: steps to the DeviceActor, reports to the ledger and the file tiers."""
 
 from __future__ import annotations
 
@@ -31,31 +31,47 @@ class RemoteExecutor:
 
 
 class StepReporter:
-    """Tells the KVBlockActor and the DiskTierActor what steps did; never waits for them.
+    """Tells the KVBlockActor and the file tiers what steps did; never waits for them.
 
-    At most one call per actor and step: ledger deltas at once, disk counters once a second and when the work is done.
+    At most one call per actor and step: ledger deltas at once, read counters once a second and when the work is done.
     """
 
-    def __init__(self, engine_id: str, kv: Any, disk: Any, flush_s: float = 1.0) -> None:
+    def __init__(self, engine_id: str, kv: Any, disk: Any, ramdisk: Any | None, flush_s: float = 1.0) -> None:
         self._engine_id = engine_id
         self._report = kv.report
-        self._record = disk.record
+        self._records = [disk.record] + ([ramdisk.record] if ramdisk is not None else [])
         self._flush_s = flush_s
         self._since = time.monotonic()
-        self._reads = self._bytes = 0
+        self._counts = [(0, 0)] * len(self._records)  # reads, bytes
 
     def __call__(self, report: StepReport) -> None:
         if report.kv:
             self._report.remote(self._engine_id, report.epoch, report.step, report.kv)
-        if report.stats is not None:
-            self._reads += report.stats.reads
-            self._bytes += report.stats.bytes_read
+        if (stats := report.stats) is not None:
+            ramdisk = (stats.reads_ramdisk, stats.bytes_read_ramdisk)
+            disk = (stats.reads - ramdisk[0], stats.bytes_read - ramdisk[1])
+            news = (disk, ramdisk)
+            self._counts = [(r + dr, b + db) for (r, b), (dr, db) in zip(self._counts, news, strict=False)]
         now = time.monotonic()
         idle = not (report.num_running or report.num_waiting)
-        if self._reads and (idle or now - self._since >= self._flush_s):
-            self._record.remote(self._reads, self._bytes, now - self._since)
-            self._reads = self._bytes = 0
+        if any(reads for reads, _ in self._counts) and (idle or now - self._since >= self._flush_s):
+            for record, (reads, nbytes) in zip(self._records, self._counts, strict=True):
+                if reads:
+                    record.remote(reads, nbytes, now - self._since)
+            self._counts = [(0, 0)] * len(self._records)
             self._since = now
+
+
+def answer_of(ref: Any, timeout: float | None = None) -> Any:
+    """What an actor answers, or the error that it raised itself, without Ray's wrapping.
+
+    Raises:
+        RayActorError: the actor is gone. GetTimeoutError: it has not answered in `timeout` seconds.
+    """
+    try:
+        return ray.get(ref, timeout=timeout)
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def cause_of(error: BaseException) -> str:

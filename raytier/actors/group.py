@@ -1,62 +1,70 @@
-"""The actors of one node, made inside a placement group, and the order in which a model comes up in them."""
+"""The actors of one node, made inside a placement group, and the model that they hold."""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytier.actors.device import DeviceStatus, remote_device_actor
-from raytier.actors.disk import DiskStatus, DiskTierActor
-from raytier.actors.executor import RemoteExecutor, StepReporter, cause_of
+from raytier.actors.disk import DiskStatus, remote_disk_actor, remove_leftovers
+from raytier.actors.executor import cause_of
 from raytier.actors.host import HostPoolActor, HostStatus
 from raytier.actors.kv_blocks import KVBlockActor
+from raytier.actors.model import LoadedModel, NodeActors
 from raytier.actors.names import NAMESPACE, actor_name
+from raytier.actors.transfers import TransferManager
 from raytier.checkpoint.manifest import ModelDescription
-from raytier.config import MIB, AppConfig
-from raytier.engine.engine import Engine, EngineConfig
-from raytier.engine.tokenizer import Tokenizer
+from raytier.config import AppConfig, NvmeTier, RamdiskTier
+from raytier.engine.engine import Engine
 from raytier.errors import EngineDeadError, ModelLoadingError, ResourceNotAvailableError
-from raytier.execution.layout import host_units
+from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.inventory import take_inventory
-from raytier.hardware.rates import Rates
-from raytier.kv.block_pool import BlockPool
 from raytier.kv.ledger import KVStats
-from raytier.planner.budgets import DeviceKind
-from raytier.planner.placement import plan_weights
-from raytier.planner.plan import ResourcePlan, WeightPlan
+from raytier.planner.budgets import DeviceKind, node_budgets, planned_paths
+from raytier.planner.plan import ResourcePlan
 
 logger = logging.getLogger(__name__)
 
 #: A name stays taken until Ray has buried the actor that had it: after a killed replica, a moment.
 _NAME_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 120.0
-_LOAD_TIMEOUT_S = 3600.0
+#: Removing the copies of a tier.
+_CLOSE_TIMEOUT_S = 10.0
+_STATUS_METHODS = {"device": "status", "host": "status", "disk": "status", "ramdisk": "status", "kv": "stats"}
 
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """Live status of every actor of a node."""
+    """Live status of the actors of a node; None for one that is not there, as most are before the first model."""
 
-    device: DeviceStatus
-    host: HostStatus
-    disk: DiskStatus
-    kv: KVStats
+    device: DeviceStatus | None = None
+    host: HostStatus | None = None
+    disk: DiskStatus | None = None
+    ramdisk: DiskStatus | None = None
+    kv: KVStats | None = None
 
 
 class ActorGroup:
-    """The actors of one node and the model they hold.
+    """The actors of one node. They live until `stop`, models come and go.
 
     Every actor is a child of the process that calls `start` and sits in its placement group, so that it
     goes when that process goes, however it goes.
+
+    Attributes:
+        kind: what the device is.
+        pids: process of each actor that has come up, by role.
+        transfers: what moves, or waits to, of the models.
+        model: what is loaded now.
     """
 
     def __init__(self, app: str, config: AppConfig, resources: ResourcePlan, placement_group: PlacementGroup) -> None:
@@ -65,85 +73,71 @@ class ActorGroup:
         self._resources = resources
         self._placement_group = placement_group
         self._actors: dict[str, Any] = {}
-        self.plan: WeightPlan | None = None
-        self.engine: Engine | None = None
+        self._node: NodeActors | None = None  # once all actors are there
+        self._stopped = False
+        self.kind: DeviceKind = "cuda" if "GPU" in self._bundle("device") else "cpu"
+        self.pids: dict[str, int] = {}
+        self.transfers = TransferManager()
+        self.model: LoadedModel | None = None
 
-    def start(self, description: ModelDescription) -> Engine:
-        """Create the actors, plan with what the node has now, load the model and start its engine.
+    def start(self, *, with_model: bool) -> None:
+        """Create the actors.
 
-        Blocks until the model is loaded. On any error everything made so far is ended.
+        Args:
+            with_model: all of them, because a model comes next. Else only owners of directories, which may not be to be
+                had: the others are not needed before the first model, and their processes take memory.
 
         Raises:
-            BudgetError, CheckpointError, UnsupportedModelError, ResourceNotAvailableError: as their message says.
+            ResourceNotAvailableError, ModelLoadingError: as the message says; nothing made so far is left.
         """
         try:
-            return self._start(description)
-        except (RayActorError, GetTimeoutError) as error:
-            self.stop()
-            raise ModelLoadingError(f"an actor did not come up: {cause_of(error)}") from error
+            self._create_missing(with_model=with_model)
         except BaseException:
             self.stop()
             raise
 
-    def _start(self, description: ModelDescription) -> Engine:
-        config, manifest = description.configure(self._config), description.manifest
-        kind: DeviceKind = "cuda" if "GPU" in self._bundle("device") else "cpu"
-        device = self._create("device", remote_device_actor(), kind, self._threads())
-        disk = self._create("disk", ray.remote(DiskTierActor))
-        self._get(disk.open_model.remote(manifest))
+    def load_model(self, description: ModelDescription) -> Engine:
+        """Load a model and return its engine, which runs; blocks until it can take requests.
 
-        largest = max(manifest.files, key=lambda file: file.size).path
-        rates: Rates = self._get(device.rates.remote(largest, manifest.compute_dtype, config.cache_dir))
-        disk.calibrate.remote(rates.disk_read_bytes_per_s)
-        inventory = take_inventory([manifest.model_dir])
-        plan = plan_weights(manifest, inventory, rates, config, kind=kind)
-        self.plan = plan
-        for warning in plan.warnings:
-            logger.warning("plan: %s", warning)
-        share = plan.devices[0]
+        Raises:
+            BudgetError, CheckpointError, ResourceNotAvailableError, ...: as the message says; no model is loaded then.
+            ModelLoadingError: an actor is gone or does not answer.
+        """
+        if self.model is not None:
+            raise RuntimeError(f"{self.model.model_id} is loaded already")
+        self._create_missing(with_model=True)
+        assert self._node is not None
+        try:
+            self.model = LoadedModel.load(self._node, self.transfers, self._config, description)
+        except (RayActorError, GetTimeoutError) as error:
+            raise ModelLoadingError(f"an actor is gone or does not answer: {cause_of(error)}") from error
+        return self.model.engine
 
-        host_bytes = sum(unit.nbytes for unit in host_units(manifest, plan.tier_of))
-        host = self._create("host", ray.remote(HostPoolActor), host_bytes)
-        block_bytes = share.kv_bytes // share.kv_blocks
-        kv = self._create("kv", ray.remote(KVBlockActor), share.kv_blocks, share.block_size, block_bytes)
-        model_id = config.model.model_id
-        arena = self._get(host.allocate.remote(model_id, host_bytes)) if host_bytes else None
-        nvme = config.tiers.nvme
-        loading = device.load.remote(model_id, manifest, plan, arena, nvme.io_threads, int(nvme.io_mb * MIB))
-        self._get([host.ping.remote(), kv.ping.remote()])
-        seconds = self._get(loading, timeout=_LOAD_TIMEOUT_S)
-        logger.info(
-            "loaded %s in %.1f s: %.1f MiB resident, %.1f in the host pool, %.1f streamed per step, %d KV blocks",
-            model_id,
-            seconds,
-            share.resident_bytes / MIB,
-            host_bytes / MIB,
-            plan.streamed_bytes / MIB,
-            share.kv_blocks,
-        )
+    def wait_loaded(self) -> float:
+        """Wait until all of the model is in place, see `LoadedModel.wait_loaded`."""
+        return self._loaded().wait_loaded()
 
-        epoch = time.time_ns()
-        pool = BlockPool(share.block_size)
-        # Block 0 is the null block: it is never leased.
-        for extent in self._get(kv.lease.remote(model_id, epoch, share.kv_blocks - 1)):
-            pool.add_extent(extent.start, extent.count)
-        self.engine = Engine(
-            model_id=model_id,
-            executor=RemoteExecutor(device),
-            tokenizer=Tokenizer(description.tokenizer),
-            block_pool=pool,
-            defaults=description.defaults,
-            config=EngineConfig(
-                config.scheduler, share.max_num_batched_tokens, manifest.max_context, manifest.vocab_size, epoch
-            ),
-            on_step=StepReporter(model_id, kv, disk),
-        )
-        return self.engine
+    def unload_model(self, cancel: threading.Event) -> None:
+        """Unload the model, see `LoadedModel.unload`; the actors stay."""
+        model = self._loaded()
+        try:
+            model.unload(cancel)
+        finally:
+            self.model = None
+
+    def _loaded(self) -> LoadedModel:
+        if self.model is None:
+            raise RuntimeError(f"no model is loaded in {self._app}")
+        return self.model
 
     def status(self, timeout_s: float = 10.0) -> GroupStatus:
         """Ask every actor once; raises as `ping`."""
-        roles = {"device": "status", "host": "status", "disk": "status", "kv": "stats"}
-        return GroupStatus(**self._ask(roles, timeout_s))
+        return GroupStatus(**self._ask(_STATUS_METHODS, timeout_s))
+
+    def layers(self, timeout_s: float = 10.0) -> tuple[ParameterStatus, ...]:
+        """Where every parameter of the model is now, in the manifest's order; raises as `ping`."""
+        parameters: tuple[ParameterStatus, ...] = self._ask({"device": "layers"}, timeout_s).get("device", ())
+        return parameters
 
     def ping(self, timeout_s: float = 10.0) -> None:
         """Hear from every actor.
@@ -152,14 +146,14 @@ class ActorGroup:
             EngineDeadError: names an actor that has died.
             TimeoutError: names an actor that does not answer in time.
         """
-        self._ask(dict.fromkeys(self._actors, "ping"), timeout_s)
+        self._ask(dict.fromkeys(_STATUS_METHODS, "ping"), timeout_s)
 
     def _ask(self, methods: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
-        """Call a method of each role's actor, all at once; answers by role."""
-        actors = self._actors
-        if not actors:
+        """Call a method of each role's actor that has come up, all at once; answers by role."""
+        if self._stopped:
             raise EngineDeadError(f"the actors of {self._app} have ended")
-        refs = {role: getattr(actors[role], method).remote() for role, method in methods.items()}
+        roles = [role for role in self.pids if role in methods]
+        refs = {role: getattr(self._actors[role], methods[role]).remote() for role in roles}
         deadline = time.monotonic() + timeout_s
         answers = {}
         for role, ref in refs.items():
@@ -172,23 +166,67 @@ class ActorGroup:
         return answers
 
     def stop(self) -> None:
-        """End the engine and every actor; a second call does nothing."""
-        if self.engine is not None:
-            self.engine.close()
+        """End the engine and every actor, and remove what they have made; a second call does nothing."""
+        self._stopped = True
         actors, self._actors = self._actors, {}
+        pids, self.pids = self.pids, {}
+        self.transfers.close(f"{self._app} is being stopped")
+        if self.model is not None:
+            self.model.engine.close()
+        owners: dict[str, NvmeTier | RamdiskTier] = {"ramdisk": self._config.tiers.ramdisk}
+        if self._config.tiers.nvme.paths:
+            owners["disk"] = self._config.tiers.nvme
+        owners = {role: section for role, section in owners.items() if role in pids}
+        closing = [actors[role].close.remote() for role in owners]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
         for actor in actors.values():
             ray.kill(actor, no_restart=True)
+        for role, section in owners.items():  # had one died before, or not ended in time
+            remove_leftovers(section, [pids[role]])
 
-    def _threads(self) -> int:
-        return self._config.compute.resolve_threads(len(os.sched_getaffinity(0)))
+    def _create_missing(self, *, with_model: bool) -> None:
+        """Create the actors that are not there yet, all at once, and wait until they are up.
+
+        Raises:
+            ResourceNotAvailableError, ModelLoadingError: one did not come up; none of the new ones is left.
+        """
+        tiers, kind = self._config.tiers, self.kind
+        wanted: dict[str, tuple[Any, ...]] = {}
+        if with_model and self._node is None:
+            paths = planned_paths(self._config, self._config.model.directory())
+            budgets = node_budgets(take_inventory(paths), self._config, kind, started="ray")
+            threads = self._config.compute.resolve_threads(len(os.sched_getaffinity(0)))
+            wanted["device"] = (remote_device_actor(), kind, threads)  # first: it takes longest
+            wanted["host"] = (ray.remote(HostPoolActor), budgets.host_bytes)
+            wanted["kv"] = (ray.remote(KVBlockActor),)
+        if with_model or tiers.nvme.paths:
+            wanted["disk"] = (remote_disk_actor(), tiers.nvme)
+        if tiers.ramdisk.enabled:
+            wanted["ramdisk"] = (remote_disk_actor(), tiers.ramdisk)
+        new = [role for role in wanted if role not in self._actors]
+        try:
+            for role in new:
+                self._create(role, *wanted[role])
+            pids = ray.get([self._actors[role].__ray_call__.remote(_pid) for role in new], timeout=_START_TIMEOUT_S)
+        except BaseException as error:
+            for actor in [self._actors.pop(role) for role in new if role in self._actors]:
+                ray.kill(actor, no_restart=True)
+            if isinstance(error, (RayActorError, GetTimeoutError)):
+                raise ModelLoadingError(f"an actor did not come up: {cause_of(error)}") from error
+            raise
+        self.pids = self.pids | dict(zip(new, pids, strict=True))
+        if with_model and self._node is None:
+            self._node = NodeActors(kind, budgets.host_bytes, self._actors)
 
     def _bundle(self, role: str) -> dict[str, float]:
         return self._resources.bundles[self._resources.roles.index(role)]
 
-    def _create(self, role: str, actor_class: Any, *args: Any) -> Any:
+    def _create(self, role: str, actor_class: Any, *args: Any) -> None:
         """Begin to create the actor of `role` in its bundle; what is asked of it first waits for that."""
         name = actor_name(self._app, role)
-        bundle = self._bundle(role)
+        place = role if role in self._resources.roles else "disk"
+        bundle = self._bundle(role) if place == role else {}
         options = {
             "name": name,
             "namespace": NAMESPACE,
@@ -197,14 +235,14 @@ class ActorGroup:
             "memory": bundle.get("memory"),
             "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._placement_group, placement_group_bundle_index=self._resources.roles.index(role)
+                self._placement_group, placement_group_bundle_index=self._resources.roles.index(place)
             ),
         }
         deadline = time.monotonic() + _NAME_TIMEOUT_S
         while True:
             try:
-                actor = actor_class.options(**options).remote(name, *args)
-                break
+                self._actors[role] = actor_class.options(**options).remote(name, *args)
+                return
             except ValueError as error:
                 if "already taken" not in str(error):
                     raise
@@ -213,11 +251,7 @@ class ActorGroup:
                         f"the actor name {name} is taken: another application of the name {self._app!r} is running"
                     ) from None
                 time.sleep(0.2)
-        self._actors[role] = actor
-        return actor
 
-    def _get(self, ref: Any, timeout: float = _START_TIMEOUT_S) -> Any:
-        try:
-            return ray.get(ref, timeout=timeout)
-        except RayTaskError as error:
-            raise error.cause from None
+
+def _pid(_: object) -> int:
+    return os.getpid()

@@ -17,7 +17,7 @@ from raytier.config import AppConfig
 from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import RateKey, default_rates, load_rates
-from raytier.planner.budgets import resolve_kind
+from raytier.planner.budgets import planned_paths, ramdisk_directory, resolve_kind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan
 from raytier.planner.resources import check_cluster, plan_resources
@@ -43,17 +43,19 @@ def prepare(
 
     description = describe_model(config.model.directory())
     manifest = description.manifest
-    inventory = take_inventory([manifest.model_dir])
+    inventory = take_inventory(planned_paths(config, manifest.model_dir))
     kind = resolve_kind(inventory, config)
     largest = max(manifest.files, key=lambda file: file.size).path
     threads = config.compute.resolve_threads(inventory.cpus)
-    cached = load_rates(config.cache_dir, RateKey(largest, manifest.compute_dtype, kind, threads))
+    nvme_paths, ramdisk = config.tiers.nvme.paths, ramdisk_directory(config)
+    key = RateKey(largest, manifest.compute_dtype, kind, threads, nvme_paths, ramdisk)
     plan = plan_weights(
         manifest,
         inventory,
-        cached or default_rates(kind),
+        load_rates(config.cache_dir, key) or default_rates(kind),
         description.configure(config),
         kind=kind,
+        started="ray",
     )
     resources = plan_resources(plan, inventory)
     _check_cluster(resources, reclaimable or {})

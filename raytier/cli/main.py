@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from raytier.cli.bench import bench
+from raytier.cli.doctor import doctor
 from raytier.cli.plan import plan
+from raytier.cli.transfer import transfer
 
 app = typer.Typer(
     name="raytier",
@@ -16,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(plan)
+app.command()(doctor)
+app.command()(bench)
+app.command()(transfer)
 
 
 def _show_version(wanted: bool) -> None:

@@ -13,13 +13,14 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from raytier.cli.measuring import machine_rates
 from raytier.cli.render import render_plan
 from raytier.config import AppConfig, parse_config
 from raytier.errors import ConfigurationError, RaytierError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.machine import Machine
 from raytier.hardware.rates import default_rates
-from raytier.planner.budgets import Budgets, DeviceKind, node_budgets, resolve_kind
+from raytier.planner.budgets import Budgets, DeviceKind, node_budgets, planned_paths, resolve_kind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan, WeightPlan
 from raytier.planner.resources import plan_resources
@@ -57,8 +58,7 @@ def plan(
     """Show where every parameter would live and how fast the model would run, without loading it."""
     errors = Console(stderr=True, highlight=False)
     try:
-        with errors.status(f"Planning {escape(model)}"):
-            planned = _plan(model, machine, config, device_mb, host_mb, measure)
+        planned = _plan(errors, model, machine, config, device_mb, host_mb, measure)
     except RaytierError as error:
         errors.print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -69,6 +69,7 @@ def plan(
 
 
 def _plan(
+    console: Console,
     model: str,
     machine_file: Path | None,
     config_file: Path | None,
@@ -76,32 +77,24 @@ def _plan(
     host_mb: float | None,
     measure: bool,
 ) -> Planned:
-    config = _config(model, config_file, device_mb, host_mb)
+    config = model_config(model, config_file, device_mb, host_mb)
     directory = config.model.directory()
     if not os.path.isdir(directory):
         raise ConfigurationError(f"{directory} is not a directory: give a model directory or {_DEMO}")
-    manifest, config = _describe(directory, config)
+    with console.status(f"Describing {escape(model)}"):
+        manifest, config = _describe(directory, config)
     if machine_file is not None:
         machine = Machine.from_json(_read(machine_file))
         kind = resolve_kind(machine.inventory, config)
         rates = machine.rates_for(kind)
     else:
-        inventory = take_inventory([directory])
+        inventory = take_inventory(planned_paths(config, directory))
         kind = resolve_kind(inventory, config)
         rates = default_rates(kind)
         if manifest.files:
-            from raytier.execution.rates import node_rates
-
             largest = max(manifest.files, key=lambda file: file.size).path
-            threads = config.compute.resolve_threads(inventory.cpus)
-            rates = node_rates(
-                largest,
-                dtype=manifest.compute_dtype,
-                threads=threads,
-                cache_dir=config.cache_dir,
-                kind=kind,
-                refresh=measure,
-            )
+            dtype = manifest.compute_dtype
+            rates = machine_rates(console, largest, dtype, config, kind, inventory.cpus, refresh=measure)
         machine = Machine(inventory)
     machine = Machine(machine.inventory, rates)
     weights = plan_weights(manifest, machine.inventory, rates, config, kind=kind)
@@ -109,7 +102,7 @@ def _plan(
     return Planned(manifest, machine, config, kind, budgets, weights, plan_resources(weights, machine.inventory))
 
 
-def _config(model: str, file: Path | None, device_mb: float | None, host_mb: float | None) -> AppConfig:
+def model_config(model: str, file: Path | None, device_mb: float | None, host_mb: float | None) -> AppConfig:
     """The file's configuration (or the defaults) for `model`, with the command line's caps."""
     args: dict[str, Any] = _application_args(file) if file is not None else {}
     named = [m for m in args.get("models") or [] if isinstance(m, dict) and m.get("model_id") == model]
@@ -122,6 +115,15 @@ def _config(model: str, file: Path | None, device_mb: float | None, host_mb: flo
             tiers[tier] = {**(tiers.get(tier) or {}), "max_mb": megabytes}
             args["tiers"] = tiers
     return parse_config(args)
+
+
+def read_config(file: Path) -> AppConfig:
+    """The configuration of the first application of a Serve YAML.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or names no application, or a key is wrong.
+    """
+    return parse_config(_application_args(file))
 
 
 def _application_args(file: Path) -> dict[str, Any]:

@@ -24,20 +24,20 @@ _SHOWN_NAMES = 4
 def render_plan(
     console: Console, manifest: ModelManifest, machine: Machine, budgets: Budgets, plan: WeightPlan
 ) -> None:
-    """Print machine, budgets, split of the device budget, placement, predictions and warnings."""
+    """Print machine, budgets, split of the device budget, placement, predictions, warnings and notes."""
     device = plan.devices[0]
     console.print(
         f"[bold]{escape(manifest.architecture)}[/] {escape(manifest.model_dir)}: {size(manifest.nbytes)} in "
         f"{len(manifest.parameters)} parameters, {manifest.num_layers} layers, computed in {manifest.compute_dtype}"
     )
-    console.print(_machine_table(machine))
+    console.print(machine_table(machine, with_rates=True))
     for line in budgets.explanation:
         console.print(f"  {escape(line)}", style="dim")
     console.print(_budget_table(budgets, plan))
     console.print(_split(device))
     console.print(_placement_table(manifest, plan))
     if device.ring_bytes:
-        sources = [f"{size(plan.streamed_bytes)} from disk"] if plan.streamed_bytes else []
+        sources = [f"{size(plan.streamed_bytes)} from {_file_tiers(plan)}"] if plan.streamed_bytes else []
         if device.kind == "cuda" and plan.host_bytes:
             sources.append(f"up to {size(plan.host_bytes)} from host memory")
         console.print(
@@ -45,8 +45,19 @@ def render_plan(
             f"{device.window} layers ahead."
         )
     console.print(_prediction_table(plan))
+    console.print(
+        f"Each sequence with {plan.context} tokens of context; at most {device.max_num_batched_tokens} tokens per "
+        f"step; first token of a 128-token prompt after {duration(plan.first_token_seconds)}."
+    )
+    for note in plan.notes:
+        console.print(f"[cyan]i[/] {escape(note)}")
     for warning in plan.warnings:
         console.print(f"[yellow]![/] {escape(warning)}")
+
+
+def _file_tiers(plan: WeightPlan) -> str:
+    tiers = {"ramdisk": plan.ramdisk_bytes, "disk": plan.nvme_bytes}
+    return " and ".join(name for name, nbytes in tiers.items() if nbytes)
 
 
 def size(nbytes: float) -> str:
@@ -100,14 +111,18 @@ def groups(manifest: ModelManifest, plan: WeightPlan) -> list[Group]:
     return [*result, Group("other", rest)] if rest else result
 
 
-def _machine_table(machine: Machine) -> Table:
-    inventory, rates = machine.inventory, machine.rates
+def machine_table(machine: Machine, *, with_rates: bool = False) -> Table:
+    """What the node has; with its rates in short."""
+    inventory, rates = machine.inventory, machine.rates if with_rates else None
     table = Table(title="Machine", title_justify="left", show_header=False)
     limit = f", cgroup limit {size(inventory.cgroup_limit)}" if inventory.cgroup_limit is not None else ""
-    table.add_row("node", f"{escape(inventory.hostname)}, {inventory.cpus} CPUs")
+    sets = f" with {', '.join(inventory.instruction_sets)}" if inventory.instruction_sets else ""
+    table.add_row("node", f"{escape(inventory.hostname)}, {inventory.cpus} CPUs{sets}")
     table.add_row("RAM", f"{size(inventory.ram_available)} available of {size(inventory.ram_total)}{limit}")
     for gpu in inventory.gpus:
-        table.add_row(f"GPU {gpu.index}", f"{escape(gpu.name)}, {size(gpu.free_bytes)} free of {size(gpu.total_bytes)}")
+        capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
+        free = f"{size(gpu.free_bytes)} free of {size(gpu.total_bytes)}"
+        table.add_row(f"GPU {gpu.index}", f"{escape(gpu.name)}, {free}{capability}")
     for disk in inventory.disks:
         table.add_row("disk", f"{escape(disk.path)} ({disk.filesystem}), {size(disk.free_bytes)} free")
     if rates is not None:
@@ -124,6 +139,8 @@ def _budget_table(budgets: Budgets, plan: WeightPlan) -> Table:
     table = Table("tier", "budget", "weights", title="Budgets", title_justify="left")
     table.add_row(f"device ({device.kind})", size(budgets.device_bytes), size(device.resident_bytes))
     table.add_row("host", size(budgets.host_bytes), size(plan.host_bytes))
+    if budgets.ramdisk_bytes or plan.ramdisk_bytes:
+        table.add_row("ramdisk", size(budgets.ramdisk_bytes), size(plan.ramdisk_bytes))
     nvme = "no cap" if budgets.nvme_bytes >= UNLIMITED else size(budgets.nvme_bytes)
     table.add_row("nvme", nvme, size(plan.nvme_bytes))
     return table
@@ -161,9 +178,11 @@ def _widths(values: Sequence[int], width: int) -> list[int]:
 
 def _placement_table(manifest: ModelManifest, plan: WeightPlan) -> Table:
     tier_of = plan.tier_of
-    table = Table("part", "device", "host", "nvme", "off the device", title="Placement", title_justify="left")
+    tiers = [tier for tier in Tier if tier is not Tier.RAMDISK or plan.ramdisk_bytes]
+    names = [tier.value for tier in tiers]
+    table = Table("part", *names, "off the device", title="Placement", title_justify="left")
     for group in groups(manifest, plan):
-        sums = [sum(p.nbytes for p in group.parameters if tier_of[p.name] is tier) for tier in Tier]
+        sums = [sum(p.nbytes for p in group.parameters if tier_of[p.name] is tier) for tier in tiers]
         off = dict.fromkeys(_suffix(p) for p in group.parameters if tier_of[p.name] is not Tier.DEVICE)
         names = list(off)
         shown = ", ".join(names[:_SHOWN_NAMES]) + (
@@ -174,16 +193,16 @@ def _placement_table(manifest: ModelManifest, plan: WeightPlan) -> Table:
 
 
 def _prediction_table(plan: WeightPlan) -> Table:
-    table = Table("batch", "step", "read and copy", "compute", "tokens/s", title="Prediction", title_justify="left")
+    columns = ("batch", "step", "read and copy", "linear layers", "attention", "calls", "tokens/s")
+    table = Table(*columns, title="Prediction", title_justify="left")
     for p in plan.predictions:
-        cells = (duration(p.seconds), duration(p.io_seconds), duration(p.compute_seconds))
+        parts = (p.seconds, p.io_seconds, p.compute_seconds, p.attention_seconds, p.overhead_seconds)
+        cells = [duration(seconds) for seconds in parts]
         table.add_row(
             str(p.batch),
             *cells,
             f"{p.tokens_per_second:,.0f}" if p.tokens_per_second >= 100 else f"{p.tokens_per_second:.3g}",
         )
-    table.caption = f"first token of a 128-token prompt after {duration(plan.first_token_seconds)}"
-    table.caption_justify = "left"
     return table
 
 

@@ -101,6 +101,7 @@ class Engine:
         self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
         self._ids = itertools.count(1)
         self._dead: str | None = None
+        self._error: str | None = None
         self._closing = False
         self._steps = self._reports = self._prompt_tokens = self._generated_tokens = 0
         self._finished: Counter[str] = Counter()
@@ -249,10 +250,15 @@ class Engine:
         """Why the engine does not work any more; None while it does."""
         return self._dead
 
-    def close(self) -> None:
-        """Abort everything and end the thread; returns after the step in flight. May be called again."""
+    def close(self, error: str | None = None) -> None:
+        """Abort everything and end the thread; returns after the step in flight. May be called again.
+
+        Args:
+            error: why the engine ends before its requests do; their readers get it as an error instead of an abort.
+        """
         with self._changed:
             self._closing = True
+            self._error = self._error or error
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -264,7 +270,10 @@ class Engine:
             while (batch := self._next_batch()) is not None:
                 result = self._executor.step(batch)
                 self._postprocess(batch, result)
-            self._end_all(FinishReason.ABORT, CLOSED)
+            if self._error is None:
+                self._end_all(FinishReason.ABORT, CLOSED)
+            else:
+                self._end_all(FinishReason.ERROR, self._error)
         except BaseException as error:
             logger.exception("engine of %s died", self.model_id)
             self._end_all(FinishReason.ERROR, _reason(error))
@@ -391,7 +400,7 @@ class Engine:
 
     def _check_alive(self) -> None:
         if self._dead is not None or self._closing:
-            raise EngineDeadError(f"the engine of {self.model_id} does not run: {self._dead or CLOSED}")
+            raise EngineDeadError(f"the engine of {self.model_id} does not run: {self._dead or self._error or CLOSED}")
 
 
 def _put(arrived: SimpleQueue[tuple[int, OutputDelta]], position: int, delta: OutputDelta) -> None:

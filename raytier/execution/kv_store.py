@@ -8,6 +8,7 @@ lives in slot `block * block_size + offset`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from raytier.checkpoint.manifest import KVLayerSpec
 
 
-def slot_runs(block_table: Sequence[int], block_size: int, start: int, stop: int) -> list[tuple[int, int]]:
+def slot_runs(block_table: tuple[int, ...], block_size: int, start: int, stop: int) -> list[tuple[int, int]]:
     """Slots of tokens start..stop-1 as (first slot, count) runs, consecutive blocks merged.
 
     Raises:
@@ -23,6 +24,11 @@ def slot_runs(block_table: Sequence[int], block_size: int, start: int, stop: int
     """
     if stop > len(block_table) * block_size:
         raise IndexError(f"{stop} tokens need more than the {len(block_table)} blocks of {block_size} in the table")
+    if start >= stop:
+        return []
+    first, last = start // block_size, (stop - 1) // block_size
+    if block_table[first : last + 1] == tuple(range(block_table[first], block_table[first] + last - first + 1)):
+        return [(block_table[first] * block_size + start % block_size, stop - start)]  # nearly always, and cheap
     runs: list[tuple[int, int]] = []
     position = start
     while position < stop:
@@ -37,6 +43,42 @@ def slot_runs(block_table: Sequence[int], block_size: int, start: int, stop: int
     return runs
 
 
+@dataclass(frozen=True, slots=True)
+class RunBatch:
+    """Runs of `length` slots, the first slot of each `stride` behind that of the one before: all in one strided view.
+
+    `members` are the indices of the runs, in the order of the view.
+    """
+
+    members: tuple[int, ...]
+    first: int
+    stride: int
+    length: int
+
+
+def batch_runs(runs: Sequence[tuple[int, int]]) -> list[RunBatch]:
+    """Put runs of equal length and spacing into as few batches as a search from the lowest slot upwards finds.
+
+    Two runs of equal length always make one. Many do when sequences are admitted together, since the block pool
+    spreads them evenly, and when a sliding window makes them equally long.
+    """
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for index, (first, count) in enumerate(runs):
+        by_length.setdefault(count, []).append((first, index))
+    batches = []
+    for length, same in by_length.items():
+        same.sort()
+        start = 0
+        while start < len(same):
+            stop = start + 1
+            stride = same[stop][0] - same[start][0] if stop < len(same) else 0
+            while stop < len(same) and same[stop][0] - same[stop - 1][0] == stride:
+                stop += 1
+            batches.append(RunBatch(tuple(index for _, index in same[start:stop]), same[start][0], stride, length))
+            start = stop
+    return batches
+
+
 class KVStore:
     """Keys and values of all layers for `num_blocks` blocks.
 
@@ -48,6 +90,7 @@ class KVStore:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.dtype = dtype
         slots = num_blocks * block_size
         self.keys = [torch.empty(s.num_kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in layers]
         self.values = [torch.empty(s.num_kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in layers]
@@ -72,12 +115,16 @@ class KVStore:
             torch.cat([values[:, first : first + count] for first, count in runs], dim=1),
         )
 
-    def read_tokens(self, layer: int, block_table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def read_batch(self, layer: int, batch: RunBatch) -> tuple[Tensor, Tensor]:
+        """Keys and values `[runs, num_kv_heads, length, dim]` of a batch of runs: always views."""
+        return _strided(self.keys[layer], batch), _strided(self.values[layer], batch)
+
+    def read_tokens(self, layer: int, block_table: tuple[int, ...], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copies of keys and values of tokens start..stop-1 of a sequence, exact across scattered blocks (F9)."""
         keys, values = self.read(layer, slot_runs(block_table, self.block_size, start, stop))
         return keys.clone(), values.clone()
 
-    def write_tokens(self, layer: int, block_table: Sequence[int], start: int, keys: Tensor, values: Tensor) -> None:
+    def write_tokens(self, layer: int, block_table: tuple[int, ...], start: int, keys: Tensor, values: Tensor) -> None:
         """Overwrite tokens start.. of a sequence with `keys`, `values` `[num_kv_heads, tokens, dim]` (F9)."""
         stop = start + keys.shape[1]
         position = 0
@@ -85,3 +132,9 @@ class KVStore:
             self.keys[layer][:, first : first + count] = keys[:, position : position + count]
             self.values[layer][:, first : first + count] = values[:, position : position + count]
             position += count
+
+
+def _strided(pool: Tensor, batch: RunBatch) -> Tensor:
+    heads, slots, dim = pool.shape
+    shape = (len(batch.members), heads, batch.length, dim)
+    return pool.as_strided(shape, (batch.stride * dim, slots * dim, dim, 1), batch.first * dim)

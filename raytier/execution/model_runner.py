@@ -204,6 +204,11 @@ class ModelRunner:
         """Bytes read from ramdisk and disk since loading began."""
         return self._sources.pool.count().nbytes
 
+    @property
+    def reads_queued(self) -> int:
+        """Reads that wait for a thread."""
+        return self._sources.pool.queued
+
     def memory(self) -> dict[str, int]:
         """Bytes held, by what they hold."""
         return {

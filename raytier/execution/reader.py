@@ -170,6 +170,12 @@ class ReaderPool:
             counts = [self._counts[tier] for tier in tiers or FILE_TIERS]
             return ReadCount(sum(c.nbytes for c in counts), sum(c.reads for c in counts))
 
+    @property
+    def queued(self) -> int:
+        """Requests that no thread has taken yet."""
+        with self._lock:
+            return sum(map(len, self._queues.values()))
+
     def _entry(self, index: int) -> tuple[DirectFile, Tier]:
         entry = self._files[index]
         if entry is None:

@@ -6,6 +6,7 @@ GPUs come from `nvidia-smi`, so that the processes that only plan need no CUDA c
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -29,6 +30,22 @@ Bytes = Annotated[int, Field(ge=0)]
 
 #: A memory cgroup without a limit reads as "max" (v2) or as a number near 2**63 (v1).
 _NO_LIMIT = 2**62
+#: Where Ray's memory monitor starts to kill unless RAY_memory_usage_threshold says otherwise.
+_RAY_THRESHOLD = 0.95
+#: Instruction sets that decide how fast linear layers are, as the kernel names them (x86 and Arm).
+_INSTRUCTION_SETS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "i8mm",
+    "sve",
+)
 _SMI_FIELDS = "index,uuid,name,memory.total,memory.free,compute_cap"
 
 
@@ -47,7 +64,13 @@ class GPU:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """The filesystem that holds `path`. Sizes in bytes; free = what an unprivileged process may use."""
+    """The filesystem that holds `path`, which need not exist yet. Sizes in bytes; free = what an unprivileged process
+    may use.
+
+    Attributes:
+        device: the same for paths that share their free space; "" where unknown.
+        direct_io: whether files there can bypass the page cache; None where that could not be tried.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -55,6 +78,8 @@ class Disk:
     filesystem: str
     free_bytes: Bytes
     total_bytes: Bytes
+    device: str = ""
+    direct_io: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +92,9 @@ class NodeInventory:
         ram_available: what can still be used without swapping and within every cgroup limit.
         cgroup_limit: smallest memory limit on this process that is below `ram_total`, or None.
         shm_free: free bytes of `/dev/shm`.
+        instruction_sets: those of the CPU that matter for linear layers.
+        huge_pages: mode of transparent huge pages (always, madvise, never); "" where unknown.
+        memory_threshold: share of `memory_limit` in use above which Ray's memory monitor kills workers; 1 without it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -79,6 +107,13 @@ class NodeInventory:
     shm_free: Bytes = 0
     disks: tuple[Disk, ...] = ()
     gpus: tuple[GPU, ...] = ()
+    instruction_sets: tuple[str, ...] = ()
+    huge_pages: str = ""
+    memory_threshold: Annotated[float, Field(gt=0, le=1)] = _RAY_THRESHOLD
+
+    def disk(self, path: str) -> Disk | None:
+        """The disk entry of `path`, None when it was not asked for."""
+        return next((disk for disk in self.disks if disk.path == path), None)
 
     @property
     def memory_limit(self) -> int:
@@ -98,7 +133,7 @@ def take_inventory(disk_paths: Iterable[str] = (), *, root: str = "/") -> NodeIn
     """Look at this node.
 
     Args:
-        disk_paths: existing files or directories; each is reported with the filesystem it lies on.
+        disk_paths: files or directories; each is reported with the filesystem that it lies on, or will lie on.
         root: where `proc`, `sys` and `dev` are found (tests pass a tree of their own).
     """
     base = Path(root)
@@ -117,9 +152,20 @@ def take_inventory(disk_paths: Iterable[str] = (), *, root: str = "/") -> NodeIn
         ram_available=available,
         cgroup_limit=limit,
         shm_free=shutil.disk_usage(shm).free if shm.is_dir() else 0,
-        disks=tuple(_disk(path, base) for path in disk_paths),
+        disks=tuple(_disk(path, base) for path in dict.fromkeys(disk_paths)),
         gpus=_gpus(os.environ),
+        instruction_sets=_instruction_sets(base / "proc/cpuinfo"),
+        huge_pages=_huge_pages(base / "sys/kernel/mm/transparent_hugepage/enabled"),
+        memory_threshold=_memory_threshold(os.environ),
     )
+
+
+def nearest_existing(path: str) -> str:
+    """`path`, or the nearest directory above it that exists: where a tier's directory will be made."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return str(place)
 
 
 def validate(cls: type[T], value: Any, where: str) -> T:
@@ -211,7 +257,7 @@ def _read_int(path: Path) -> int | None:
 
 
 def _disk(path: str, base: Path) -> Disk:
-    real = Path(os.path.realpath(path))
+    real = Path(os.path.realpath(nearest_existing(path)))
     best, filesystem = Path("/"), "unknown"
     for line in (base / "proc/self/mounts").read_text().splitlines():
         _, point, kind = line.split()[:3]
@@ -219,7 +265,47 @@ def _disk(path: str, base: Path) -> Disk:
         if (real == mount or mount in real.parents) and len(mount.parts) >= len(best.parts):
             best, filesystem = mount, kind
     usage = shutil.disk_usage(real)
-    return Disk(path, filesystem, usage.free, usage.total)
+    return Disk(path, filesystem, usage.free, usage.total, str(os.stat(real).st_dev), _direct_io(real))
+
+
+def _direct_io(place: Path) -> bool | None:
+    """Whether O_DIRECT works at `place`: tried on the file itself, or on one without a name in the directory."""
+    flags = os.O_RDONLY if place.is_file() else os.O_RDWR | os.O_TMPFILE
+    try:
+        os.close(os.open(place, flags | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # no right to write there, or a filesystem without nameless files
+            return None
+        return False
+    return True
+
+
+def _instruction_sets(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return ()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").partition(":")[2].split()
+    return tuple(name for name in _INSTRUCTION_SETS if name in flags)
+
+
+def _memory_threshold(environ: Mapping[str, str]) -> float:
+    """As Ray's daemons read it, if they were started with the same environment."""
+    if environ.get("RAY_memory_monitor_refresh_ms") == "0":
+        return 1.0
+    try:
+        value = float(environ["RAY_memory_usage_threshold"])
+    except (KeyError, ValueError):
+        return _RAY_THRESHOLD
+    return value if 0 < value <= 1 else _RAY_THRESHOLD
+
+
+def _huge_pages(path: Path) -> str:
+    """The mode in brackets of "always [madvise] never"."""
+    try:
+        return next((word.strip("[]") for word in path.read_text().split() if word.startswith("[")), "")
+    except OSError:
+        return ""
 
 
 def _gpus(environ: Mapping[str, str]) -> tuple[GPU, ...]:

@@ -1,70 +1,117 @@
-"""How fast this node is: bytes per second of its disk, its linear layers, its bus. No torch.
+"""How fast this node is: its disks, its memory, its bus, its linear layers and attention. No torch.
 
-Measured once per node, disk and dtype in about two seconds and cached (spec A2). The matrix rate needs
-torch and is measured by `raytier.execution.rates`.
+Measured once per node, set of disks and dtype in a few seconds and cached (spec A2): the disks by `disk_rates`, what
+needs torch by `raytier.execution.rates`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
 import json
 import logging
 import math
-import mmap
 import os
-import random
 import socket
 import tempfile
-import threading
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from raytier.errors import ConfigurationError, TierError
-from raytier.hardware.inventory import validate
+from raytier.errors import ConfigurationError
+from raytier.hardware.inventory import nearest_existing, validate
 
 logger = logging.getLogger(__name__)
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Points = Annotated[tuple[tuple[Annotated[int, Field(ge=1)], Rate], ...], Field(min_length=1)]
+#: Called with what is measured next and the share of the measuring that is done (0..1).
+Progress = Callable[[str, float], None]
 
-_ALIGN = 4096
-_REQUEST = 8 * 2**20
-_QUEUE_DEPTH = 4
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+#: Cores that other work used while rates were measured, from which on they are not trusted.
+BUSY_CORES = 0.15
+#: Packed weights are used where they are faster by this much over all row counts.
+_PACKED_GAIN = 1.03
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What is left of two rates when reading and computing go on at the same time; 1 and 1: neither slows the other.
+
+    Attributes:
+        reading: share of the read rate while every compute thread works.
+        computing: share of the matrix rate while files are read as fast as they can be.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    reading: Share = 1.0
+    computing: Share = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates in bytes per second.
+    """Rates in bytes per second, durations in seconds.
 
     Attributes:
-        disk_read_bytes_per_s: O_DIRECT reads in large requests, several in flight.
+        disk_read_bytes_per_s, disk_write_bytes_per_s: O_DIRECT in large requests, several in flight, over all
+            directories of the disk tier together. None: not measured.
         matrix_bytes_per_s: (rows, rate) by rising rows: bytes of weights (in the compute dtype) that a linear
-            layer consumes per second when it is applied to `rows` activations.
-        host_to_device_bytes_per_s: copies to the GPU; None where there is none.
+            layer consumes per second when it is applied to `rows` activations. Weights as they lie in a file.
+        packed_matrix_bytes_per_s: the same with weights in the layout of the CPU's matrix kernels; None where that
+            does not exist.
+        host_to_device_bytes_per_s, device_to_host_bytes_per_s: copies over the bus of a GPU; None where there is none.
+        ramdisk_read_bytes_per_s: reads from the ramdisk's directory into memory of the process.
+        memory_copy_bytes_per_s: host memory to host memory, all threads; None: not measured.
+        attention_bytes_per_s: keys and values that attention of decode steps reads; None: not counted.
+        logits_per_s: numbers of the output head that sampling goes through; None: not counted.
+        layer_seconds: what a decoder layer costs beside its weights and KV: dispatch, norms, rotary embedding.
+        step_seconds: what a step costs beside its layers: inputs, embedding, the final norm.
+        layer_sequence_seconds, step_sequence_seconds: what every further sequence adds to each.
+        matrix_seconds, packed_matrix_seconds: what a linear layer costs beside its bytes: waking all threads.
+        overlap, ramdisk_overlap: reading beside computing, on disk and on the ramdisk.
+        other_cores: cores that other work used on average while this was measured.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     disk_read_bytes_per_s: Rate
-    matrix_bytes_per_s: Annotated[tuple[tuple[Annotated[int, Field(ge=1)], Rate], ...], Field(min_length=1)]
+    matrix_bytes_per_s: Points
     host_to_device_bytes_per_s: Rate | None = None
     source: Literal["measured", "assumed"] = "measured"
+    packed_matrix_bytes_per_s: Points | None = None
+    disk_write_bytes_per_s: Rate | None = None
+    ramdisk_read_bytes_per_s: Rate | None = None
+    memory_copy_bytes_per_s: Rate | None = None
+    device_to_host_bytes_per_s: Rate | None = None
+    attention_bytes_per_s: Rate | None = None
+    logits_per_s: Rate | None = None
+    layer_seconds: Seconds = 0.0
+    layer_sequence_seconds: Seconds = 0.0
+    step_seconds: Seconds = 0.0
+    step_sequence_seconds: Seconds = 0.0
+    matrix_seconds: Seconds = 0.0
+    packed_matrix_seconds: Seconds = 0.0
+    overlap: Overlap = Overlap()
+    ramdisk_overlap: Overlap = Overlap()
+    other_cores: Seconds = 0.0
 
     def __post_init__(self) -> None:
-        rows = [r for r, _ in self.matrix_bytes_per_s]
-        if not rows or rows != sorted(set(rows)):
-            raise ValueError(f"matrix_bytes_per_s: rows must rise, got {rows}")
+        for name, points in (("", self.matrix_bytes_per_s), ("packed_", self.packed_matrix_bytes_per_s)):
+            rows = [r for r, _ in points] if points is not None else [1]
+            if not rows or rows != sorted(set(rows)):
+                raise ValueError(f"{name}matrix_bytes_per_s: rows must rise, got {rows}")
 
-    def matrix_rate(self, rows: int) -> float:
+    def matrix_rate(self, rows: int, *, packed: bool = False) -> float:
         """Weight bytes per second at `rows` activations: log-log interpolation between the measured points,
         the first rate below them; above them work grows with the rows, so the rate falls as 1 / rows."""
-        points = self.matrix_bytes_per_s
+        points = self.packed_matrix_bytes_per_s if packed else None
+        points = points or self.matrix_bytes_per_s
         if rows <= points[0][0]:
             return points[0][1]
         for (r0, rate0), (r1, rate1) in itertools.pairwise(points):
@@ -73,11 +120,60 @@ class Rates:
                 return math.exp(math.log(rate0) * (1 - share) + math.log(rate1) * share)
         return points[-1][1] * points[-1][0] / rows
 
+    def with_slower_reads(self, factor: float) -> Rates:
+        """The same with files read at `factor` of the rates."""
+        ramdisk = self.ramdisk_read_bytes_per_s
+        return replace(
+            self,
+            disk_read_bytes_per_s=factor * self.disk_read_bytes_per_s,
+            ramdisk_read_bytes_per_s=None if ramdisk is None else factor * ramdisk,
+        )
+
+    @property
+    def packed_pays(self) -> bool:
+        """Whether resident linear layers are faster packed, over all measured row counts (geometric mean)."""
+        if self.packed_matrix_bytes_per_s is None:
+            return False
+        rows = [r for r, _ in self.matrix_bytes_per_s]
+        gains = [math.log(self.matrix_rate(r, packed=True) / self.matrix_rate(r)) for r in rows]
+        return math.exp(sum(gains) / len(gains)) >= _PACKED_GAIN
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work used so much of the node during the measurement that the rates are too low."""
+        return self.other_cores >= BUSY_CORES
+
 
 #: Used for a CPU node where nothing was measured: a plain SATA/NVMe mix and two memory channels.
-DEFAULT_RATES = Rates(1e9, ((1, 10e9), (8, 8e9), (64, 5e9), (512, 1e9)), None, "assumed")
+DEFAULT_RATES = Rates(
+    1e9,
+    ((1, 10e9), (8, 8e9), (64, 5e9), (512, 1e9)),
+    None,
+    "assumed",
+    ramdisk_read_bytes_per_s=5e9,
+    attention_bytes_per_s=5e9,
+    logits_per_s=5e8,
+    layer_seconds=3e-4,
+    layer_sequence_seconds=2e-5,
+    step_seconds=1e-3,
+    step_sequence_seconds=2e-5,
+    # tmpfs is copied by the CPU: what reads does not compute.
+    ramdisk_overlap=Overlap(0.5, 0.5),
+)
 #: The same for a small desktop GPU on PCIe 3.0 x16.
-DEFAULT_CUDA_RATES = Rates(1e9, ((1, 300e9), (8, 300e9), (64, 250e9), (512, 50e9)), 10e9, "assumed")
+DEFAULT_CUDA_RATES = Rates(
+    1e9,
+    ((1, 300e9), (8, 300e9), (64, 250e9), (512, 50e9)),
+    10e9,
+    "assumed",
+    ramdisk_read_bytes_per_s=5e9,
+    attention_bytes_per_s=100e9,
+    logits_per_s=5e9,
+    layer_seconds=3e-4,
+    layer_sequence_seconds=2e-5,
+    step_seconds=1e-3,
+    step_sequence_seconds=2e-5,
+)
 
 
 def default_rates(kind: str) -> Rates:
@@ -85,97 +181,29 @@ def default_rates(kind: str) -> Rates:
     return DEFAULT_CUDA_RATES if kind == "cuda" else DEFAULT_RATES
 
 
-def measure_disk_read(path: str, seconds: float = 0.5) -> float:
-    """Bytes per second of reading an existing file past the page cache.
-
-    Four threads read 8 MiB requests at random aligned offsets, which is how a layer is fetched. Small files are
-    read again and again: with O_DIRECT every read reaches the disk. Pass the largest checkpoint file.
-
-    Raises:
-        TierError: the file is missing, empty or unreadable.
-    """
-    fd = -1
-    try:
-        size = os.path.getsize(path)
-        if size == 0:
-            raise TierError(f"{path} is empty: the read rate of its disk cannot be measured from it")
-        fd = _open_direct(path)
-        length = max(_ALIGN, min(_REQUEST, size // _ALIGN * _ALIGN))
-        workers = [_DiskReader(fd, size, length, seed) for seed in range(_QUEUE_DEPTH)]
-        start = time.perf_counter()
-        for worker in workers:
-            worker.deadline = start + min(seconds, 1.0)
-            worker.start()
-        for worker in workers:
-            worker.join()
-        failed = next((w.error for w in workers if w.error is not None), None)
-        if failed is not None:
-            raise failed
-        return sum(w.nbytes for w in workers) / (max(w.finished for w in workers) - start)
-    except OSError as error:
-        raise TierError(f"{path} cannot be read: {error}") from error
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-class _DiskReader(threading.Thread):
-    def __init__(self, fd: int, size: int, length: int, seed: int) -> None:
-        super().__init__(name=f"disk-rate-{seed}")
-        self.deadline = 0.0
-        self.finished = 0.0
-        self.nbytes = 0
-        self.error: OSError | None = None
-        self._fd = fd
-        self._length = length
-        self._offsets = max(1, (size - length) // _ALIGN + 1)
-        self._random = random.Random(seed)
-        # As `tiers.aligned.AlignedBuffer`, into which layers are read: anonymous maps are page-aligned, as O_DIRECT
-        # demands, and with small pages the same disk was measured at a third of its rate.
-        self._buffer = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-            self._buffer.madvise(mmap.MADV_HUGEPAGE)
-        self._buffer.write(bytes(length))  # first touch costs more than the read; keep it out of the time
-
-    def run(self) -> None:
-        try:
-            while True:
-                offset = self._random.randrange(self._offsets) * _ALIGN
-                self.nbytes += os.preadv(self._fd, [self._buffer], offset)
-                self.finished = time.perf_counter()
-                if self.finished >= self.deadline:
-                    return
-        except OSError as error:
-            self.error = error
-        finally:
-            self._buffer.close()
-
-
-def _open_direct(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    logger.info("%s: O_DIRECT is not supported here, the read rate is measured through the page cache", path)
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return fd
-
-
 @dataclass(frozen=True, slots=True)
 class RateKey:
-    """What cached rates are valid for: the disk that holds `path` (an existing file or directory), the compute
-    `dtype`, the device `kind` and, on a CPU, the number of threads."""
+    """What cached rates are valid for: the compute `dtype`, the device `kind` and, on a CPU, the number of threads,
+    and the disks that are read.
+
+    Attributes:
+        path: a checkpoint file; its disk is read where the disk tier has no directories of its own.
+        nvme_paths: directories of the disk tier (`tiers.nvme.paths`).
+        ramdisk: directory of the ramdisk, or None.
+    """
 
     path: str
     dtype: str
     kind: str = "cpu"
     threads: int = 0
+    nvme_paths: tuple[str, ...] = ()
+    ramdisk: str | None = None
 
     def __str__(self) -> str:
         device = f"{self.kind}x{self.threads}" if self.kind == "cpu" else self.kind
-        return f"{socket.gethostname()}/{os.stat(self.path).st_dev}/{self.dtype}/{device}"
+        disks = "+".join(str(_device(path)) for path in self.nvme_paths or (self.path,))
+        ramdisk = f"/ramdisk {_device(self.ramdisk)}" if self.ramdisk is not None else ""
+        return f"{socket.gethostname()}/{disks}/{self.dtype}/{device}{ramdisk}"
 
 
 def load_rates(cache_dir: str, key: RateKey) -> Rates | None:
@@ -191,7 +219,7 @@ def load_rates(cache_dir: str, key: RateKey) -> Rates | None:
 
 
 def store_rates(cache_dir: str, key: RateKey, rates: Rates) -> None:
-    """Put `rates` into the cache, atomically. A cache that cannot be written is logged, not an error."""
+    """Put `rates` into the cache of `cache_dir`, atomically. A cache that cannot be written is logged, not an error."""
     entries = _read_cache(cache_dir) | {str(key): asdict(rates)}
     try:
         os.makedirs(cache_dir, exist_ok=True)
@@ -205,6 +233,10 @@ def store_rates(cache_dir: str, key: RateKey, rates: Rates) -> None:
                 raise
     except OSError as error:
         logger.warning("%s: measured rates not cached: %s", cache_dir, error)
+
+
+def _device(path: str) -> int:
+    return os.stat(nearest_existing(path)).st_dev
 
 
 def _cache_file(cache_dir: str) -> Path:

@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 
 from raytier.config import MIB
+from raytier.hardware.rates import Rates
 from raytier.planner.budgets import GIB, UNLIMITED
 from raytier.planner.case import Case
-from raytier.planner.cost import describe_sweep, predict_step
 from raytier.planner.plan import Tier
 from raytier.planner.rules import RuleResult
-from raytier.planner.sizing import Ring
-from raytier.planner.solver import Capacity, Depth, Solution, Solver
+from raytier.planner.solver import CLEARLY_FASTER, Depth, Solution, Solver
 
 _SMALLEST_RING = (Depth(1),)
 
 
-def plan_warnings(case: Case, rules: RuleResult, solution: Solution, kv_blocks: int) -> tuple[str, ...]:
-    """What the user should know about this plan."""
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A tier that the plan does without: predicted seconds of a decode step at batch 1 with it, and without."""
+
+    tier: Tier
+    with_it: float
+    without: float
+
+
+def plan_warnings(
+    case: Case, rules: RuleResult, solution: Solution, kv_blocks: int, unruled: Solution | None
+) -> tuple[str, ...]:
+    """What the user should know about this plan.
+
+    Args:
+        unruled: where everything would go without placement rules; None when there is nothing to compare.
+    """
     checks = (
         *rules.warnings,
-        _needless_rules(case, rules, solution),
+        _costly_rules(case, rules, solution, unruled),
         _streamed_for_kv(case, solution),
         _less_kv(case, kv_blocks),
         _less_window(case, solution),
         _cast(case),
         _unused_gpus(case),
-        "the rates of this machine are assumed, not measured: predictions are rough"
-        if case.rates.source == "assumed"
-        else None,
+        _rates(case),
     )
     return tuple(text for text in checks if text)
 
 
-def _needless_rules(case: Case, rules: RuleResult, solution: Solution) -> str | None:
-    """A model that fits is offloaded only by the user's own rule: obeyed, with the price named."""
-    moved = sum(case.manifest.by_name[name].nbytes for name, tier in rules.tiers.items() if tier is not Tier.DEVICE)
-    if not moved or case.weight_bytes + case.activation_bytes + case.expected_kv_bytes > case.capacity.device:
+def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, by_rates: bool) -> tuple[str, ...]:
+    """Why the plan is as it is.
+
+    Args:
+        by_rates: the tokens of a step follow from the rates, not from the configuration.
+    """
+    notes = [
+        f"the {item.tier.value} tier is left out, it would not pay: predicted decode step at batch 1 is "
+        f"{item.with_it * 1e3:.1f} ms with it and {item.without * 1e3:.1f} ms without"
+        for item in left_out
+    ]
+    nvme, written = case.config.tiers.nvme, _on(case, solution, Tier.NVME)
+    if nvme.paths and written:
+        notes.append(_copies(written, f"{len(nvme.paths)} directories of tiers.nvme.paths", case.rates))
+    if ramdisk := _on(case, solution, Tier.RAMDISK):
+        notes.append(f"{_mb(ramdisk)} are copied to the ramdisk when the model is loaded")
+    if case.packed:
+        gain = case.rates.matrix_rate(1, packed=True) / case.rates.matrix_rate(1)
+        notes.append(
+            f"resident linear layers are packed for the CPU's kernels: measured {gain:.2f}x as fast at one row, "
+            f"{case.rates.matrix_rate(64, packed=True) / case.rates.matrix_rate(64):.2f}x at 64"
+        )
+    if by_rates:
+        notes.append(
+            f"a step carries at most {case.step_tokens} tokens, so that long prompts do not stop running streams "
+            "(scheduler.max_num_batched_tokens)"
+        )
+    return tuple(notes)
+
+
+def _on(case: Case, solution: Solution, tier: Tier) -> int:
+    return sum(p.nbytes for p in case.manifest.parameters if solution.tiers[p.name] is tier)
+
+
+def _copies(nbytes: int, where: str, rates: Rates) -> str:
+    seconds = f", about {nbytes / rates.disk_write_bytes_per_s:.0f} s" if rates.disk_write_bytes_per_s else ""
+    return f"{_mb(nbytes)} are copied to the {where} when the model is loaded{seconds}"
+
+
+def _costly_rules(case: Case, rules: RuleResult, solution: Solution, unruled: Solution | None) -> str | None:
+    """The user's own rules are obeyed, and where they cost time their price is named once."""
+    if unruled is None:
         return None
-    resident = dict.fromkeys(solution.tiers, Tier.DEVICE)
-    actual, ideal = (
-        predict_step(describe_sweep(case.manifest, tiers, case.kind, ring), case.rates, 1).seconds * 1e3
-        for tiers, ring in ((solution.tiers, solution.ring), (resident, Ring()))
-    )
-    return (
-        f"the model fits on the device, but placement rules keep {_mb(moved)} off it: predicted decode step at batch 1 "
-        f"is {actual:.1f} ms instead of {ideal:.1f} ms"
-    )
+    actual, ideal = case.step(solution).seconds, case.step(unruled).seconds
+    moved = sum(case.manifest.by_name[name].nbytes for name, tier in rules.tiers.items() if tier is not Tier.DEVICE)
+    if ideal > CLEARLY_FASTER * actual and (unruled.lowered or not moved):
+        return None
+    what = f"placement rules keep {_mb(moved)} off it" if moved else "placement rules decide what stays on it"
+    fits = "the model fits on the device, but " if not unruled.lowered else "the device could be used better: "
+    return f"{fits}{what}: predicted decode step at batch 1 is {actual * 1e3:.1f} ms instead of {ideal * 1e3:.1f} ms"
+
+
+def _rates(case: Case) -> str | None:
+    if case.rates.source == "assumed":
+        return "the rates of this machine are assumed, not measured: predictions are rough"
+    if case.rates.busy:
+        return (
+            f"the rates of this machine were measured while other work used {case.rates.other_cores:.1f} cores: "
+            "predictions are rough; measure again with `raytier doctor --measure` when it is idle"
+        )
+    return None
 
 
 def _streamed_for_kv(case: Case, solution: Solution) -> str | None:
@@ -100,7 +160,7 @@ def explain_refusal(case: Case, solver: Solver) -> str:
     capacity, demand, config = case.capacity, case.demand, case.config
 
     def fits(device: int, nvme: int, blocks: int) -> bool:
-        tried = Capacity(device, capacity.host, nvme)
+        tried = replace(capacity, device=device, nvme=nvme)
         return solver.best(tried, blocks * demand.block_bytes, _SMALLEST_RING) is not None
 
     always, total, floor_kv, activations = (
@@ -113,8 +173,8 @@ def explain_refusal(case: Case, solver: Solver) -> str:
     needed = _smallest(lambda n: fits(n, capacity.nvme, demand.floor), capacity.device, everything)
     lines = [
         f"{case.manifest.model_dir or case.manifest.architecture} does not fit: its weights have {_mb(total)}, the "
-        f"budgets are device {_mb(capacity.device)}, host {_mb(capacity.host)}, nvme "
-        f"{'unlimited' if capacity.nvme >= UNLIMITED else _mb(capacity.nvme)}.",
+        f"budgets are device {_mb(capacity.device)}, host {_mb(capacity.host)}, "
+        f"ramdisk {_mb(capacity.ramdisk)}, nvme {'unlimited' if capacity.nvme >= UNLIMITED else _mb(capacity.nvme)}.",
         f"Needed on the device: {_mb(needed)} = always resident {_mb(always)} + activations {_mb(activations)} + KV "
         f"{_mb(floor_kv)} (one sequence of {(demand.floor - 1) * demand.block_size} tokens) + ring and weights that no "
         f"other tier holds {_mb(max(0, needed - always - activations - floor_kv))}.",

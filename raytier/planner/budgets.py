@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from raytier.config import MIB, AppConfig
 from raytier.errors import ResourceNotAvailableError
-from raytier.hardware.inventory import NodeInventory
+from raytier.hardware.inventory import Disk, NodeInventory
 
 DeviceKind = Literal["cpu", "cuda"]
+
+#: Processes whose memory is no longer part of what is available: none, Ray's daemons, or the application's as well.
+Started = Literal["nothing", "ray", "all"]
 
 GIB = 2**30
 #: A disk tier without a cap: parameters are read in place, so it needs no free space.
 UNLIMITED = 2**62
 
-#: Share of the memory limit that stays unused: Ray's memory monitor kills workers above 0.95, shared memory counted.
-MEMORY_HEADROOM = 0.07
-#: The compute process before it holds any weights: torch, transformers, Ray worker, thread stacks.
-COMPUTE_PROCESS_BYTES = 700 * MIB
-#: The replica, the other actors and Ray's own daemons together.
-OTHER_PROCESSES_BYTES = 600 * MIB
+#: Share of the memory limit that stays unused below the threshold at which Ray's memory monitor kills workers; it
+#: counts shared memory as used.
+MONITOR_MARGIN = 0.02
+#: The least that stays unused, also where no monitor runs: the kernel kills as well.
+LEAST_HEADROOM = 0.05
+#: The compute process before it holds any weights: torch, transformers, Ray worker, thread stacks. Here and below, the
+#: proportional set sizes measured with the demo model, rounded up.
+COMPUTE_PROCESS_BYTES = 550 * MIB
+#: The replica, and the actors that do not compute.
+SERVING_PROCESSES_BYTES = 400 * MIB
+#: Ray's daemons, Serve's controller and proxy.
+RAY_PROCESSES_BYTES = 600 * MIB
+#: What all of them still take once they have started: buffers of the kernels, of Ray and of the tokenizer.
+GROWTH_BYTES = 200 * MIB
 #: CUDA context, library handles and workspaces, which no allocator statistic shows.
 CUDA_CONTEXT_BYTES = 512 * MIB
+
+_DEFAULT_RAMDISK = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,7 @@ class Budgets:
     nvme_bytes: int
     device_capacity: int
     explanation: tuple[str, ...] = ()
+    ramdisk_bytes: int = 0
 
 
 def resolve_kind(inventory: NodeInventory, config: AppConfig) -> DeviceKind:
@@ -56,23 +71,57 @@ def resolve_kind(inventory: NodeInventory, config: AppConfig) -> DeviceKind:
     return wish
 
 
-def node_budgets(inventory: NodeInventory, config: AppConfig, kind: DeviceKind, *, device_index: int = 0) -> Budgets:
+def ramdisk_directory(config: AppConfig) -> str | None:
+    """The directory of the ramdisk, None when it is not enabled."""
+    ramdisk = config.tiers.ramdisk
+    return (ramdisk.path or _DEFAULT_RAMDISK) if ramdisk.enabled else None
+
+
+def planned_paths(config: AppConfig, model_dir: str) -> tuple[str, ...]:
+    """The paths whose disks an inventory must hold for this configuration to be planned (`take_inventory`)."""
+    ramdisk = ramdisk_directory(config)
+    paths = (model_dir, *config.tiers.nvme.paths, *(() if ramdisk is None else (ramdisk,)))
+    return tuple(dict.fromkeys(path for path in paths if path))
+
+
+def footprint(started: Started) -> int:
+    """Bytes that processes will still take, of which the first ones have `started`."""
+    if started == "all":
+        return GROWTH_BYTES
+    ray = RAY_PROCESSES_BYTES if started == "nothing" else 0
+    return ray + SERVING_PROCESSES_BYTES + COMPUTE_PROCESS_BYTES + GROWTH_BYTES
+
+
+def node_budgets(
+    inventory: NodeInventory,
+    config: AppConfig,
+    kind: DeviceKind,
+    *,
+    device_index: int = 0,
+    started: Started = "nothing",
+) -> Budgets:
     """Budgets of one node for one model.
 
-    RAM that may be planned = available - 7 % of the memory limit - footprint of the processes. On a CPU node device
-    and host share it: the device takes its part first and the host pool gets what its own limits leave of the rest.
+    RAM that may be planned = available - what stays free below the memory monitor's threshold - footprint of the
+    processes. Device (on a CPU node), ramdisk and host share it: the device takes its part first, and the host pool
+    gets what its own limits leave of the rest. The ramdisk comes after the host pool, the faster tier; before it where
+    a placement rule names it.
+
+    Args:
+        started: which processes have taken their memory out of what is available already.
 
     Raises:
-        ResourceNotAvailableError: `device_index` names no GPU of the node.
+        ResourceNotAvailableError: `device_index` names no GPU of the node, or the inventory lacks a path of the
+            configuration.
     """
     tiers = config.tiers
-    headroom = int(MEMORY_HEADROOM * inventory.memory_limit)
-    footprint = COMPUTE_PROCESS_BYTES + OTHER_PROCESSES_BYTES
-    ram = max(0, inventory.ram_available - headroom - footprint)
+    headroom = int(max(LEAST_HEADROOM, 1 - inventory.memory_threshold + MONITOR_MARGIN) * inventory.memory_limit)
+    processes = footprint(started)
+    ram = max(0, inventory.ram_available - headroom - processes)
     lines = [
         f"RAM: {_mb(inventory.ram_available)} available of {_mb(inventory.memory_limit)}"
         f"{' (cgroup limit)' if inventory.cgroup_limit is not None else ''}"
-        f" - {_mb(headroom)} kept free - {_mb(footprint)} for processes = {_mb(ram)}"
+        f" - {_mb(headroom)} kept free - {_mb(processes)} for processes = {_mb(ram)}"
     ]
 
     if kind == "cuda":
@@ -94,23 +143,79 @@ def node_budgets(inventory: NodeInventory, config: AppConfig, kind: DeviceKind, 
     )
 
     shared = device if kind == "cpu" else 0
-    host = max(0, int(ram * tiers.host.max_utilization - tiers.host.reserved_mb * MIB) - shared)
+    by_rule = any(rule.tier == "ramdisk" for rule in config.placement.rules)
+    ramdisk, ramdisk_line = _ramdisk_bytes(inventory, config, ram - shared) if by_rule else (0, "")
+    host = max(0, int(ram * tiers.host.max_utilization - tiers.host.reserved_mb * MIB) - shared - ramdisk)
     host = _capped(host, tiers.host.max_mb)
+    taken = [f" - {_mb(n)} of the {what}" for n, what in ((shared, "device"), (ramdisk, "ramdisk")) if n]
     lines.append(
         f"host: {tiers.host.max_utilization:.0%} of {_mb(ram)} - {tiers.host.reserved_mb:g} MB reserved"
-        f"{f' - {_mb(shared)} of the device' if shared else ''}{_cap_text(tiers.host.max_mb)} = {_mb(host)}"
+        f"{''.join(taken)}{_cap_text(tiers.host.max_mb)} = {_mb(host)}"
+    )
+    if not by_rule:
+        ramdisk, ramdisk_line = _ramdisk_bytes(inventory, config, ram - shared - host)
+    if ramdisk_line:
+        lines.append(ramdisk_line)
+
+    nvme, nvme_line = _nvme_bytes(inventory, config)
+    lines.append(nvme_line)
+    return Budgets(device, host, nvme, capacity, tuple(lines), ramdisk)
+
+
+def _ramdisk_bytes(inventory: NodeInventory, config: AppConfig, ram: int) -> tuple[int, str]:
+    """Bytes of the ramdisk, of which `ram` bytes are left, and how they came about ("" when it is not enabled)."""
+    directory, ramdisk = ramdisk_directory(config), config.tiers.ramdisk
+    if directory is None:
+        return 0, ""
+    size = int(ramdisk.size_mb * ramdisk.usable_percent / 100 * MIB)
+    text = f"ramdisk: {ramdisk.usable_percent:g}% of {ramdisk.size_mb:g} MB"
+    if not ramdisk.mount:  # a tmpfs that is there already has its own size, and other users
+        disk = inventory.disk(directory)
+        if disk is None and directory != _DEFAULT_RAMDISK:
+            raise _unknown_path("tiers.ramdisk.path", directory, inventory)
+        free = inventory.shm_free if disk is None else disk.free_bytes
+        size = min(size, free)
+        text += f", {_mb(free)} free in {directory}"
+    nbytes = max(0, min(size, ram))
+    return nbytes, f"{text}, {_mb(max(0, ram))} of RAM left = {_mb(nbytes)}"
+
+
+def _nvme_bytes(inventory: NodeInventory, config: AppConfig) -> tuple[int, str]:
+    """Bytes of the disk tier, and how they came about."""
+    nvme = config.tiers.nvme
+    cap = None if nvme.max_gb is None else int(nvme.max_gb * GIB)
+    if not nvme.enabled:
+        return 0, "nvme: disabled"
+    if not nvme.paths:
+        if cap is None:
+            return UNLIMITED, "nvme: no cap (the checkpoint is read in place)"
+        return cap, f"nvme: at most {nvme.max_gb:g} GB"
+    disks = []
+    for path in nvme.paths:
+        disk = inventory.disk(path)
+        if disk is None:
+            raise _unknown_path("tiers.nvme.paths", path, inventory)
+        disks.append(disk)
+    # Stripes are dealt out evenly, so the directory with the least room decides; directories on one disk share it.
+    sharing = Counter(_device(disk) for disk in disks)
+    least = min((disk.free_bytes - int(nvme.min_free_gb * GIB)) // sharing[_device(disk)] for disk in disks)
+    nbytes = max(0, least) * len(disks)
+    nbytes = nbytes if cap is None else min(nbytes, cap)
+    return nbytes, (
+        f"nvme: {len(disks)} directories, {_mb(max(0, least))} in each with {nvme.min_free_gb:g} GB left free"
+        f"{'' if cap is None else f', at most {nvme.max_gb:g} GB'} = {_mb(nbytes)}"
     )
 
-    if not tiers.nvme.enabled:
-        nvme = 0
-        lines.append("nvme: disabled")
-    elif tiers.nvme.max_gb is None:
-        nvme = UNLIMITED
-        lines.append("nvme: no cap (the checkpoint is read in place)")
-    else:
-        nvme = int(tiers.nvme.max_gb * GIB)
-        lines.append(f"nvme: at most {tiers.nvme.max_gb:g} GB")
-    return Budgets(device, host, nvme, capacity, tuple(lines))
+
+def _device(disk: Disk) -> str:
+    return disk.device or disk.path
+
+
+def _unknown_path(field: str, path: str, inventory: NodeInventory) -> ResourceNotAvailableError:
+    return ResourceNotAvailableError(
+        f"{field}: nothing is known about {path} on {inventory.hostname}; for a described machine, add it to "
+        "inventory.disks with its free_bytes"
+    )
 
 
 def _capped(nbytes: int, max_mb: float | None) -> int:

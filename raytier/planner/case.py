@@ -10,15 +10,20 @@ from raytier.config import AppConfig
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import Budgets, DeviceKind
+from raytier.planner.cost import Sweep, describe_sweep, predict_step
+from raytier.planner.plan import Prediction
 from raytier.planner.sizing import KVDemand, resident_nbytes
-from raytier.planner.solver import Capacity
+from raytier.planner.solver import Capacity, Solution
 
 
 @dataclass(frozen=True)
 class Case:
     """Everything that placement, warnings and refusals are derived from. Sizes in bytes.
 
-    `resident`: parameters that only the device can hold -> why.
+    Attributes:
+        step_tokens: tokens that a step carries at most (`DevicePlan.max_num_batched_tokens`).
+        activation_bytes: what such a step takes beside weights, KV and ring.
+        resident: parameters that only the device can hold -> why.
     """
 
     manifest: ModelManifest
@@ -28,12 +33,27 @@ class Case:
     kind: DeviceKind
     budgets: Budgets
     demand: KVDemand
+    step_tokens: int
     activation_bytes: int
     resident: Mapping[str, str]
 
     @property
     def capacity(self) -> Capacity:
-        return Capacity(self.budgets.device_bytes, self.budgets.host_bytes, self.budgets.nvme_bytes)
+        budgets = self.budgets
+        return Capacity(budgets.device_bytes, budgets.host_bytes, budgets.nvme_bytes, budgets.ramdisk_bytes)
+
+    @property
+    def packed(self) -> bool:
+        """Whether resident linear layers are kept in the layout of the CPU's kernels."""
+        return self.kind == "cpu" and self.rates.packed_pays
+
+    def sweep(self, solution: Solution) -> Sweep:
+        """What a sweep does under `solution`."""
+        return describe_sweep(self.manifest, solution.tiers, self.kind, solution.ring, packed=self.packed)
+
+    def step(self, solution: Solution, batch: int = 1) -> Prediction:
+        """The predicted decode step under `solution`, at the expected context."""
+        return predict_step(self.sweep(solution), self.rates, batch, self.demand.context)
 
     @property
     def weight_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Predicted time of a sweep over the layers: what is read, what is computed, what overlaps."""
+"""Predicted time of a step: a sweep over the layers, what it reads, what it computes, and what of that overlaps."""
 
 from __future__ import annotations
 
@@ -7,81 +7,246 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytier.checkpoint.manifest import ModelManifest
-from raytier.hardware.rates import Rates
+from raytier.hardware.rates import Overlap, Rates
 from raytier.planner.budgets import DeviceKind
-from raytier.planner.plan import Prediction, Tier
-from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, resident_nbytes
+from raytier.planner.plan import Prediction, Tier, WeightPlan
+from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, packable, resident_nbytes
 
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 128
+#: The engine's turn and the call to the device: per step, and for every sequence of it. Measured with the demo model.
+CALL_SECONDS = 1.0e-3
+CALL_SEQUENCE_SECONDS = 3.0e-5
 
 
 @dataclass(frozen=True, slots=True)
 class SweepUnit:
-    """A decoder layer, or (a chunk of) the output head: bytes read from disk, copied over the bus, computed on."""
+    """A decoder layer, or (a chunk of) the output head. Sizes in bytes.
+
+    Attributes:
+        disk_bytes, ramdisk_bytes: read into the ring.
+        bus_bytes: copied to the GPU.
+        packed_bytes, plain_bytes: weights that are computed on, in the layout of the CPU's kernels or as in the file.
+        packed_matrices, plain_matrices: how many matrices these are.
+        kv_bytes: keys and values of one token in this layer, and the window of it in tokens (0: no window).
+        head_rows: vocabulary rows of the output head; 0 for a layer.
+    """
 
     disk_bytes: int
+    ramdisk_bytes: int
     bus_bytes: int
-    weight_bytes: int
-    is_head: bool = False
+    packed_bytes: int
+    plain_bytes: int
+    kv_bytes: int = 0
+    kv_window: int = 0
+    head_rows: int = 0
+    packed_matrices: int = 0
+    plain_matrices: int = 0
+
+    @property
+    def ring_bytes(self) -> int:
+        return max(self.disk_bytes + self.ramdisk_bytes, self.bus_bytes)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One pass over the model as the cost model sees it. `row_bytes`: disk bytes per embedded token, 0 if resident."""
+    """One pass over the model as the cost model sees it.
 
+    Attributes:
+        row_bytes: bytes that are read for each embedded token, 0 where the embedding is in memory.
+        row_tier: the tier that they are read from.
+    """
+
+    kind: DeviceKind
     units: tuple[SweepUnit, ...]
     ring_bytes: int
-    row_bytes: int
+    row_bytes: int = 0
+    row_tier: Tier = Tier.NVME
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from disk in every sweep, embedding rows left out."""
-        return sum(unit.disk_bytes for unit in self.units)
+        """Bytes read from ramdisk and disk in every sweep, embedding rows left out."""
+        return sum(unit.disk_bytes + unit.ramdisk_bytes for unit in self.units)
 
 
-def describe_sweep(manifest: ModelManifest, tier_of: Mapping[str, Tier], kind: DeviceKind, ring: Ring) -> Sweep:
-    """What one sweep reads and computes under a placement. On a CPU device host memory is used in place."""
-    disk, bus, weight = ([0] * manifest.num_layers for _ in range(3))
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What one step carries: `rows` tokens in all, and `sequences` that a token is drawn for after `context` tokens."""
+
+    rows: int
+    sequences: int
+    context: int
+
+
+def describe_sweep(
+    manifest: ModelManifest, tier_of: Mapping[str, Tier], kind: DeviceKind, ring: Ring, *, packed: bool = False
+) -> Sweep:
+    """What one sweep reads and computes under a placement. On a CPU device host memory is used in place.
+
+    Args:
+        packed: resident linear layers are in the layout of the CPU's kernels (`DevicePlan.packed`).
+    """
+    count = manifest.num_layers
+    disk, ramdisk, bus, fast, plain, fast_count, plain_count = ([0] * count for _ in range(7))
     for p in manifest.parameters:
-        if p.layer is not None:
-            tier = tier_of[p.name]
-            weight[p.layer] += resident_nbytes(p, manifest)
-            disk[p.layer] += p.nbytes if tier is Tier.NVME else 0
-            bus[p.layer] += p.nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0
-    units = [SweepUnit(d, b, w) for d, b, w in zip(disk, bus, weight, strict=True)]
+        if p.layer is None:
+            continue
+        tier, nbytes = tier_of[p.name], resident_nbytes(p, manifest)
+        is_fast = packed and packable(p, manifest, tier)
+        (fast if is_fast else plain)[p.layer] += nbytes
+        (fast_count if is_fast else plain_count)[p.layer] += len(p.shape) > 1
+        disk[p.layer] += p.nbytes if tier is Tier.NVME else 0
+        ramdisk[p.layer] += p.nbytes if tier is Tier.RAMDISK else 0
+        bus[p.layer] += p.nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0
+    units = [
+        SweepUnit(
+            disk[layer],
+            ramdisk[layer],
+            bus[layer],
+            fast[layer],
+            plain[layer],
+            kv.token_bytes(manifest.compute_dtype),
+            kv.sliding_window or 0,
+            packed_matrices=fast_count[layer],
+            plain_matrices=plain_count[layer],
+        )
+        for layer, kv in enumerate(manifest.kv_layers)
+    ]
 
-    head, tier = manifest.by_name[manifest.head], tier_of[manifest.head]
+    head = manifest.by_name[manifest.head]
+    tier = tier_of[head.name]
     rows = ring.head_chunk_rows or head.shape[0]
     for start in range(0, head.shape[0], rows):
-        nbytes = resident_nbytes(head, manifest) // head.shape[0] * min(rows, head.shape[0] - start)
-        over_bus = kind == "cuda" and tier is not Tier.DEVICE
-        units.append(SweepUnit(nbytes if tier is Tier.NVME else 0, nbytes if over_bus else 0, nbytes, is_head=True))
+        part = min(rows, head.shape[0] - start)
+        nbytes = resident_nbytes(head, manifest) // head.shape[0] * part
+        is_fast = packed and packable(head, manifest, tier)
+        units.append(
+            SweepUnit(
+                disk_bytes=nbytes if tier is Tier.NVME else 0,
+                ramdisk_bytes=nbytes if tier is Tier.RAMDISK else 0,
+                bus_bytes=nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0,
+                packed_bytes=nbytes if is_fast else 0,
+                plain_bytes=0 if is_fast else nbytes,
+                head_rows=part,
+                packed_matrices=int(is_fast),
+                plain_matrices=int(not is_fast),
+            )
+        )
 
     embedding = manifest.by_name[manifest.embedding]
+    row_tier = tier_of[embedding.name]
     row = embedding.nbytes // embedding.shape[0] + ALIGNMENT_SLACK
-    return Sweep(tuple(units), ring.nbytes, row if tier_of[manifest.embedding] is Tier.NVME else 0)
+    by_rows = row_tier in (Tier.RAMDISK, Tier.NVME)
+    return Sweep(kind, tuple(units), ring.nbytes, row if by_rows else 0, row_tier if by_rows else Tier.NVME)
 
 
-def predict_step(sweep: Sweep, rates: Rates, batch: int) -> Prediction:
-    """One decode step of `batch` sequences in a steady run of steps."""
-    return _predict(sweep, rates, batch, rows=batch, head_rows=batch)
+def sweep_of(manifest: ModelManifest, plan: WeightPlan) -> Sweep:
+    """What one sweep of a planned model reads and computes."""
+    device = plan.devices[0]
+    units = device.window + 1 if device.ring_bytes else 0
+    ring = Ring(units, device.ring_bytes // max(1, units), device.head_chunk_rows)
+    return describe_sweep(
+        manifest, plan.tier_of, "cuda" if device.kind == "cuda" else "cpu", ring, packed=device.packed
+    )
 
 
-def predict_first_token(sweep: Sweep, rates: Rates, prompt_tokens: int = PROMPT_TOKENS) -> float:
-    """Seconds of the sweep that carries a whole prompt; only its last row goes through the head."""
-    return _predict(sweep, rates, 1, rows=prompt_tokens, head_rows=1).seconds
+def predict_step(sweep: Sweep, rates: Rates, batch: int, context: int) -> Prediction:
+    """One decode step of `batch` sequences, each with `context` tokens behind it, in a steady run of such steps."""
+    return predict(sweep, rates, StepLoad(batch, batch, context))
 
 
-def _predict(sweep: Sweep, rates: Rates, batch: int, *, rows: int, head_rows: int) -> Prediction:
+def predict_first_token(
+    sweep: Sweep, rates: Rates, prompt_tokens: int = PROMPT_TOKENS, step_tokens: int | None = None
+) -> float:
+    """Seconds until the first token of a prompt, read in steps of at most `step_tokens`, when nothing else runs."""
+    chunk = min(prompt_tokens, step_tokens or prompt_tokens)
+    starts = range(0, prompt_tokens, chunk)
+    return sum(predict(sweep, rates, StepLoad(min(chunk, prompt_tokens - start), 1, start)).seconds for start in starts)
+
+
+def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
+    """One step that carries `load`, in a steady run of such steps."""
     bus_rate = rates.host_to_device_bytes_per_s or rates.disk_read_bytes_per_s
-    # Disk and bus work on different units at the same time: the slower one sets the pace.
-    io = [max(u.disk_bytes / rates.disk_read_bytes_per_s, u.bus_bytes / bus_rate) for u in sweep.units]
-    compute = [u.weight_bytes / rates.matrix_rate(head_rows if u.is_head else rows) for u in sweep.units]
-    sizes = [max(u.disk_bytes, u.bus_bytes) for u in sweep.units]
-    lookup = rows * sweep.row_bytes / rates.disk_read_bytes_per_s
-    seconds = lookup + sweep_seconds(io, compute, sizes, sweep.ring_bytes)
-    return Prediction(batch, seconds, lookup + sum(io), sum(compute))
+    disk = [u.disk_bytes / rates.disk_read_bytes_per_s for u in sweep.units]
+    ramdisk = [u.ramdisk_bytes / _ramdisk_rate(rates) for u in sweep.units]
+    # Files share the reading threads; the bus works on another unit at the same time: the slower one sets the pace.
+    io = [max(d + r, u.bus_bytes / bus_rate) for u, d, r in zip(sweep.units, disk, ramdisk, strict=True)]
+    matrix = [_matrix_seconds(u, rates, load) for u in sweep.units]
+    attention = [_attention_seconds(u, rates, load) for u in sweep.units]
+    calls = [_call_seconds(u, rates, load) for u in sweep.units]
+    # A GPU computes while the calls for the next operations are made.
+    work = [
+        max(m + a, c) if sweep.kind == "cuda" else m + a + c for m, a, c in zip(matrix, attention, calls, strict=True)
+    ]
+
+    row_rate = rates.disk_read_bytes_per_s if sweep.row_tier is Tier.NVME else _ramdisk_rate(rates)
+    lookup = load.rows * sweep.row_bytes / row_rate
+    around = CALL_SECONDS + rates.step_seconds + lookup
+    around += load.sequences * (CALL_SEQUENCE_SECONDS + rates.step_sequence_seconds)
+
+    overlap = _mean_overlap(rates, sum(disk), sum(ramdisk)) if sweep.kind == "cpu" else Overlap()
+    io_slowed, work_slowed = contend(io, [around, *work], overlap)
+    seconds = sweep_seconds([0.0, *io_slowed], work_slowed, [0, *(u.ring_bytes for u in sweep.units)], sweep.ring_bytes)
+    return Prediction(
+        batch=load.sequences,
+        seconds=seconds,
+        io_seconds=lookup + sum(io),
+        compute_seconds=sum(matrix),
+        attention_seconds=sum(attention),
+        overhead_seconds=around - lookup + sum(calls),
+    )
+
+
+def _ramdisk_rate(rates: Rates) -> float:
+    """An unmeasured ramdisk is taken to be no faster than the disk: it is then left out of the plan."""
+    return rates.ramdisk_read_bytes_per_s or rates.disk_read_bytes_per_s
+
+
+def _matrix_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
+    rows = load.sequences if unit.head_rows else load.rows
+    return unit.packed_bytes / rates.matrix_rate(rows, packed=True) + unit.plain_bytes / rates.matrix_rate(rows)
+
+
+def _attention_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
+    if rates.attention_bytes_per_s is None:
+        return 0.0
+    tokens = min(load.context, unit.kv_window) if unit.kv_window else load.context
+    return load.sequences * tokens * unit.kv_bytes / rates.attention_bytes_per_s
+
+
+def _call_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
+    matrices = unit.packed_matrices * rates.packed_matrix_seconds + unit.plain_matrices * rates.matrix_seconds
+    if unit.head_rows:
+        logits = load.sequences * unit.head_rows
+        return matrices + (logits / rates.logits_per_s if rates.logits_per_s is not None else 0.0)
+    return matrices + rates.layer_seconds + (load.sequences - 1) * rates.layer_sequence_seconds
+
+
+def _mean_overlap(rates: Rates, disk_seconds: float, ramdisk_seconds: float) -> Overlap:
+    """Of reads from both, by the time that each takes."""
+    total = disk_seconds + ramdisk_seconds
+    if total == 0:
+        return Overlap()
+    share = disk_seconds / total
+    disk, ramdisk = rates.overlap, rates.ramdisk_overlap
+    return Overlap(
+        share * disk.reading + (1 - share) * ramdisk.reading, share * disk.computing + (1 - share) * ramdisk.computing
+    )
+
+
+def contend(io: Sequence[float], work: Sequence[float], overlap: Overlap) -> tuple[list[float], list[float]]:
+    """Durations of reading and computing, lengthened by what they take from each other.
+
+    While both go on, reading has the share a = `overlap.reading` of its rate and computing the share
+    b = `overlap.computing`; when the shorter one is done, the other goes on at its full rate. If that is reading
+    (R / a <= C / b), computing takes C + R (1 - b) / a in all, else reading takes R + C (1 - a) / b.
+    """
+    reading, computing = sum(io), sum(work)
+    if reading * overlap.computing <= computing * overlap.reading:
+        longer = 1 + reading * (1 - overlap.computing) / overlap.reading / computing if computing else 1.0
+        return list(io), [seconds * longer for seconds in work]
+    longer = 1 + computing * (1 - overlap.reading) / overlap.computing / reading
+    return [seconds * longer for seconds in io], list(work)
 
 
 def sweep_seconds(io: Sequence[float], compute: Sequence[float], sizes: Sequence[int], ring_bytes: int) -> float:

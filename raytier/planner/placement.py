@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from raytier.checkpoint.manifest import ModelManifest
-from raytier.config import AppConfig
+from raytier.config import AppConfig, Placement
 from raytier.errors import BudgetError
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
-from raytier.planner.advice import explain_refusal, plan_warnings
-from raytier.planner.budgets import DeviceKind, node_budgets, resolve_kind
+from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_warnings
+from raytier.planner.budgets import DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
-from raytier.planner.cost import BATCHES, describe_sweep, predict_first_token, predict_step
+from raytier.planner.cost import BATCHES, predict_first_token, predict_step
 from raytier.planner.plan import DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
 from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, resident_nbytes
-from raytier.planner.solver import Depth, Solution, Solver, depths
+from raytier.planner.solver import CLEARLY_FASTER, Capacity, Depth, Solution, Solver, depths
+from raytier.planner.step_tokens import LEAST_TOKENS, step_tokens
 
 #: Of what a fully resident model leaves free beyond the expected KV, KV takes this share.
 KV_SHARE_OF_REST = 0.6
-DEFAULT_STEP_TOKENS = 512
+#: Tokens of a step for which memory is set aside at first, where the number of tokens is the planner's to choose.
+FIRST_STEP_TOKENS = 512
+#: Of the device's budget, activations of a step that the planner chooses take at most this share.
+ACTIVATION_SHARE = 0.1
+#: A tier is left out only if it would not pay either with reads so much slower than measured.
+SLOWER_READS = 0.8
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What answers a case: the rules' result, where everything goes, KV blocks, and tiers that were left out."""
+
+    case: Case
+    rules: RuleResult
+    solution: Solution
+    blocks: int
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def plan_weights(
@@ -31,52 +49,52 @@ def plan_weights(
     *,
     kind: DeviceKind | None = None,
     device_index: int = 0,
+    started: Started = "nothing",
 ) -> WeightPlan:
     """Plan one model for one node.
 
     Args:
         config: what the model wishes included (`ModelDescription.configure`).
         kind: device to plan for; None = what `config.compute.device` means here.
+        started: which processes run already (see `node_budgets`).
 
     Raises:
         BudgetError: the budgets cannot hold the model; with the numbers and what would make it fit.
         ResourceNotAvailableError: the asked-for device does not exist.
     """
     kind = resolve_kind(inventory, config) if kind is None else kind
-    tokens = DEFAULT_STEP_TOKENS
-    if config.scheduler.max_num_batched_tokens != "auto":
-        tokens = config.scheduler.max_num_batched_tokens
+    chosen = config.scheduler.max_num_batched_tokens
+    first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
     case = Case(
         manifest=manifest,
         inventory=inventory,
         rates=rates,
         config=config,
         kind=kind,
-        budgets=node_budgets(inventory, config, kind, device_index=device_index),
+        budgets=node_budgets(inventory, config, kind, device_index=device_index, started=started),
         demand=kv_demand(manifest, config),
-        activation_bytes=activation_bytes(manifest, tokens, config.scheduler.max_num_seqs),
+        step_tokens=first,
+        activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
     )
-    for device_room in _rule_rooms(case):
-        room = {Tier.DEVICE: device_room, Tier.HOST: case.capacity.host, Tier.NVME: case.capacity.nvme}
-        rules = apply_rules(manifest, config.placement.rules, room, case.resident)
-        fixed = dict.fromkeys(case.resident, Tier.DEVICE) | rules.tiers
-        solver = Solver(manifest, kind, rates, fixed, case.activation_bytes)
-        fitted = _fit(case, solver)
-        if fitted is not None:
-            break
+    if isinstance(chosen, str):
+        case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
+        fitted = _fit_tokens(case)
     else:
-        raise BudgetError(explain_refusal(case, solver))
-
-    solution, blocks = fitted
-    sweep = describe_sweep(manifest, solution.tiers, kind, solution.ring)
+        fitted = _fit_rules(case)
+    if fitted is None:
+        least = _with_tokens(case, _least_tokens(case)) if isinstance(chosen, str) else case
+        raise BudgetError(explain_refusal(least, _solver(least, 0)[1]))
+    case, solution = fitted.case, fitted.solution
+    sweep = case.sweep(solution)
     sizes = dict.fromkeys(Tier, 0)
     for p in manifest.parameters:
         tier = solution.tiers[p.name]
         sizes[tier] += resident_nbytes(p, manifest) if tier is Tier.DEVICE else p.nbytes
+    unruled = _without_rules(case, fitted)
     return WeightPlan(
         model_dir=manifest.model_dir,
-        placements=_placements(manifest, solution, rules, case.resident),
+        placements=_placements(manifest, solution, fitted.rules, case.resident),
         devices=(
             DevicePlan(
                 index=device_index,
@@ -89,21 +107,117 @@ def plan_weights(
                 window=solution.ring.window,
                 head_chunk_rows=solution.ring.head_chunk_rows,
                 block_size=case.demand.block_size,
-                kv_blocks=blocks,
-                kv_bytes=blocks * case.demand.block_bytes,
+                kv_blocks=fitted.blocks,
+                kv_bytes=fitted.blocks * case.demand.block_bytes,
                 activation_bytes=case.activation_bytes,
-                max_num_batched_tokens=tokens,
-                packed=False,
+                max_num_batched_tokens=case.step_tokens,
+                packed=case.packed,
             ),
         ),
         host_bytes=sizes[Tier.HOST],
         ramdisk_bytes=sizes[Tier.RAMDISK],
         nvme_bytes=sizes[Tier.NVME],
         streamed_bytes=sweep.streamed_bytes,
-        predictions=tuple(predict_step(sweep, rates, batch) for batch in BATCHES),
-        first_token_seconds=predict_first_token(sweep, rates),
-        warnings=plan_warnings(case, rules, solution, blocks),
+        predictions=tuple(predict_step(sweep, rates, batch, case.demand.context) for batch in BATCHES),
+        first_token_seconds=predict_first_token(sweep, rates, step_tokens=case.step_tokens),
+        warnings=plan_warnings(case, fitted.rules, solution, fitted.blocks, unruled),
+        notes=plan_notes(case, solution, fitted.left_out, by_rates=isinstance(chosen, str)),
+        context=case.demand.context,
     )
+
+
+def _least_tokens(case: Case) -> int:
+    """The fewest tokens that a step of the planner's choice carries."""
+    return max(LEAST_TOKENS, case.config.scheduler.max_num_seqs)
+
+
+def _with_tokens(case: Case, tokens: int) -> Case:
+    nbytes = activation_bytes(case.manifest, tokens, case.config.scheduler.max_num_seqs)
+    return replace(case, step_tokens=tokens, activation_bytes=nbytes)
+
+
+def _affordable(case: Case, tokens: int) -> int:
+    """As many of `tokens` as the device has memory for beside everything else, and never less than the fewest."""
+    least, most = _least_tokens(case), ACTIVATION_SHARE * case.capacity.device
+    while tokens > least and _with_tokens(case, tokens).activation_bytes > most:
+        tokens = tokens * 3 // 4
+    return max(least, tokens)
+
+
+def _fit_tokens(case: Case) -> _Fitted | None:
+    """Choose the tokens of a step too: what the rates say, within the memory for activations; None when nothing fits.
+
+    A plan with a first guess (`case.step_tokens`, or less) shows what is streamed, and that decides the number; then it
+    is planned with that.
+    """
+    while (fitted := _fit_rules(case)) is None:
+        if case.step_tokens <= _least_tokens(case):
+            return None
+        case = _with_tokens(case, max(_least_tokens(case), case.step_tokens // 2))
+    wanted = step_tokens(
+        case.sweep(fitted.solution),
+        case.rates,
+        sequences=case.demand.sequences,
+        context=case.demand.context,
+        max_num_seqs=case.config.scheduler.max_num_seqs,
+    )
+    wanted = _affordable(case, wanted)
+    # More tokens need more memory: there may be too little for them.
+    return fitted if wanted == case.step_tokens else _fit_rules(_with_tokens(case, wanted)) or fitted
+
+
+def _solver(case: Case, device_room: int) -> tuple[RuleResult, Solver]:
+    """What the user's rules place, of which `device_room` bytes may be on the device, and a solver for the rest."""
+    room = {tier: case.capacity.room(tier) for tier in Tier} | {Tier.DEVICE: device_room}
+    rules = apply_rules(case.manifest, case.config.placement.rules, room, case.resident)
+    fixed = dict.fromkeys(case.resident, Tier.DEVICE) | rules.tiers
+    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes)
+
+
+def _fit_rules(case: Case) -> _Fitted | None:
+    """Place everything: by rule what rules name, then the rest; None when nothing fits."""
+    for device_room in _rule_rooms(case):
+        rules, solver = _solver(case, device_room)
+        found = _fit(case, solver)
+        if found is not None:
+            return _leave_out(case, solver, rules, *found)
+    return None
+
+
+def _leave_out(case: Case, solver: Solver, rules: RuleResult, solution: Solution, blocks: int) -> _Fitted:
+    """Do without tiers that the solver used and that make no step faster (spec C4).
+
+    What hides behind compute by the measured rates might not in truth, so a tier has to be useless with slower reads
+    too.
+    """
+    left_out = []
+    kv_bytes = blocks * case.demand.block_bytes
+    capacity: Capacity = case.capacity
+    for tier in (Tier.RAMDISK, Tier.HOST):
+        used = [p for p in case.manifest.parameters if solution.tiers[p.name] is tier]
+        by_rule = sum(p.nbytes for p in used if p.name in rules.tiers)
+        if by_rule == sum(p.nbytes for p in used):
+            continue
+        smaller = capacity.limited(tier, by_rule)
+        other = solver.best(smaller, kv_bytes, depths(case.config.prefetch.window))
+        if other is None:
+            continue
+        slow = replace(case, rates=case.rates.with_slower_reads(SLOWER_READS))
+        with_it, without = case.step(solution).seconds, case.step(other).seconds
+        useless = CLEARLY_FASTER * slow.step(other).seconds <= slow.step(solution).seconds
+        if without < CLEARLY_FASTER * with_it or (useless and CLEARLY_FASTER * without <= with_it):
+            left_out.append(LeftOut(tier, with_it, without))
+            solution, capacity = other, smaller
+    return _Fitted(case, rules, solution, blocks, tuple(left_out))
+
+
+def _without_rules(case: Case, fitted: _Fitted) -> Solution | None:
+    """Where everything would go without the user's rules; None when they move nothing, or it would not fit."""
+    if not fitted.rules.tiers:
+        return None
+    bare = replace(case, config=case.config.model_copy(update={"placement": Placement()}))
+    found = _fit_rules(bare)
+    return found.solution if found is not None else None
 
 
 def _rule_rooms(case: Case) -> tuple[int, ...]:
@@ -156,8 +270,7 @@ def _fit(case: Case, solver: Solver) -> tuple[Solution, int] | None:
 def _throughput(case: Case, solution: Solution, blocks: int) -> float:
     """Predicted tokens per second with as many sequences of the expected context as `blocks` hold."""
     sequences = min(case.demand.sequences, (blocks - 1) * case.demand.block_size / case.demand.context)
-    sweep = describe_sweep(case.manifest, solution.tiers, case.kind, solution.ring)
-    return sequences / predict_step(sweep, case.rates, max(1, round(sequences))).seconds
+    return sequences / case.step(solution, max(1, round(sequences))).seconds
 
 
 def _placements(

@@ -71,12 +71,18 @@ class DevicePlan:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted cost of one decode step: `seconds` = what does not overlap + per layer max(I/O, compute)."""
+    """Predicted cost of one step of `batch` sequences: `seconds` = what does not overlap + per layer max(I/O, compute).
+
+    The parts are what each would take alone: reading and copying, linear layers, attention over the KV cache, and the
+    calls around all of them. On a CPU the last three add up; reading goes on beside them.
+    """
 
     batch: int
     seconds: float
     io_seconds: float
     compute_seconds: float
+    attention_seconds: float = 0.0
+    overhead_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,9 +99,11 @@ class WeightPlan:
         ramdisk_bytes: bytes of parameters copied to the ramdisk.
         nvme_bytes: bytes of parameters left in the checkpoint files, or copied to the disk tier's directories.
         streamed_bytes: bytes a decode step streams from ramdisk and disk (the embedding counts only as rows).
-        predictions: decode steps at batch 1, 8 and 32.
+        predictions: decode steps at batch 1, 8 and 32, each sequence with `context` tokens.
         first_token_seconds: predicted time to first token of a 128-token prompt.
         warnings: what the user should know (a rule that fell through, unused GPUs, ...).
+        notes: why the plan is as it is (a tier that would not pay, copies that it makes, ...).
+        context: tokens per sequence that the predictions are for.
     """
 
     model_dir: str
@@ -108,6 +116,8 @@ class WeightPlan:
     predictions: tuple[Prediction, ...]
     first_token_seconds: float
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    context: int = 0
 
     @cached_property
     def tier_of(self) -> dict[str, Tier]:

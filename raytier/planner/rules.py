@@ -59,7 +59,7 @@ def apply_rules(
                 result.reasons[parameter.name] = f"rule {rule.pattern!r}" + (f" after {after}" if after else "")
                 break
             full.setdefault(i, []).append(parameter)
-            note = f"rule {rule.pattern!r}: {tier.value} is full"
+            note = f"rule {rule.pattern!r}: {tier.value} {'is full' if room[tier] else 'has no room'}"
             earlier = result.skipped.get(parameter.name)
             result.skipped[parameter.name] = f"{earlier}; {note}" if earlier else note
 

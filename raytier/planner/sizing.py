@@ -8,6 +8,7 @@ from math import ceil, prod
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, Role
 from raytier.config import MIB, AppConfig
+from raytier.planner.plan import Tier
 
 #: O_DIRECT reads whole 4 KiB blocks at both ends of every contiguous run of bytes.
 ALIGNMENT_SLACK = 8192
@@ -36,6 +37,14 @@ def always_resident(parameter: Parameter, manifest: ModelManifest) -> str | None
     if parameter.dtype != manifest.compute_dtype:
         return f"always resident: cast from {parameter.dtype} to {manifest.compute_dtype}"
     return None
+
+
+def packable(parameter: Parameter, manifest: ModelManifest, tier: Tier) -> bool:
+    """Whether execution packs a parameter on `tier` for the CPU's kernels: a resident matrix of one linear layer.
+
+    A tied pair is not: its other use, the embedding, reads rows.
+    """
+    return tier is Tier.DEVICE and len(parameter.shape) == 2 and parameter.name != manifest.embedding
 
 
 def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:

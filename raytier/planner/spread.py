@@ -32,8 +32,13 @@ def spread(sizes: Sequence[Sequence[int]], fixed: Sequence[int], target: int) ->
     the next one is asked for that much less: every prefix of the layers gives up its shares and less than one
     parameter more.
     """
+    free = [sum(s) for s in sizes]
+    if target <= 0:
+        return [[] for _ in sizes]
+    if target >= sum(free):
+        return [list(range(len(s))) for s in sizes]
     chosen, carry = [], 0
-    for layer, share in zip(sizes, even_shares(fixed, [sum(s) for s in sizes], target), strict=True):
+    for layer, share in zip(sizes, even_shares(fixed, free, target), strict=True):
         want = share - carry
         picked = choose(layer, want)
         carry = sum(layer[i] for i in picked) - want

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from raytier.engine.engine import Engine
+from raytier.serve.runtime import Runtime
 
 
 class Backend(Protocol):
@@ -19,8 +20,13 @@ class Backend(Protocol):
         """Ids that this server knows, the startup model first."""
         ...
 
-    def engine(self, model_id: str | None) -> Engine:
-        """The engine of a model; None is the only or the startup model.
+    @property
+    def runtime(self) -> Runtime:
+        """What /api offers."""
+        ...
+
+    async def engine(self, model_id: str | None) -> Engine:
+        """The engine of a model, waiting for it while it is being loaded; None is the only or the startup model.
 
         Raises:
             ModelNotFoundError: no such model; the message names the known ones.

@@ -94,7 +94,11 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     if isinstance(error.body, bytes):
         given = request.headers.get("content-type", "none")
         refused = InvalidRequestError(f"The body must be JSON: send Content-Type: application/json, not {shown(given)}")
-    return error_response(refused, request_id_of(request))
+    response = error_response(refused, request_id_of(request))
+    route = request.scope.get("route")
+    if not isinstance(error.body, bytes) and not str(getattr(route, "path", "")).startswith("/v1/"):
+        response.status_code = 422  # OpenAI's own API says 400
+    return response
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

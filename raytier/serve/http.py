@@ -1,4 +1,4 @@
-"""The HTTP front: OpenAI routes, health and version, one shape for every error, an id on every request.
+"""The HTTP front: OpenAI's and the runtime's own routes, health, version; one shape for errors, an id on every request.
 
 No `from __future__ import annotations` here: FastAPI reads the annotations at run time.
 """
@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raytier.serve.backend import Backend
 from raytier.serve.errors import REQUEST_ID, error_response, install_handlers
 from raytier.serve.openai_routes import make_router
+from raytier.serve.runtime_routes import make_runtime_router
 
 #: Largest request body in bytes; a prompt of a million tokens as JSON integers is about 7 MB.
 MAX_BODY_BYTES = 32 * 2**20
@@ -93,6 +94,7 @@ def build_api(backend: Backend, *, echo_request_id: bool = True) -> FastAPI:
     app.add_middleware(RequestScope, echo=echo_request_id)
     install_handlers(app)
     app.include_router(make_router(backend))
+    app.include_router(make_runtime_router(backend.runtime, app.title, app.version))
 
     @app.get("/health", tags=["server"], summary="200 when requests can be served, else 503 with the reason")
     async def health() -> JSONResponse:

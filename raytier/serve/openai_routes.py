@@ -28,6 +28,7 @@ from raytier.serve.sse import EventStream, guarded
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A field is wrong; `param` names it."},
     404: {"model": ErrorResponse, "description": "No such model; the message names the known ones."},
+    409: {"model": ErrorResponse, "description": "The model is not loaded; the message says how to load it."},
     429: {"model": ErrorResponse, "description": "The queue is full; see the header Retry-After."},
     503: {"model": ErrorResponse, "description": "The model cannot answer now."},
 }
@@ -48,7 +49,7 @@ def make_router(backend: Backend) -> APIRouter:
         "/chat/completions", response_model=ChatCompletion, responses=_GENERATES, summary="Continue a conversation"
     )
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
-        engine = backend.engine(body.model)
+        engine = await backend.engine(body.model)
         chat = ChatInput(
             messages=[message.model_dump(exclude_none=True) for message in body.messages],
             sampling=body.sampling(),
@@ -66,7 +67,7 @@ def make_router(backend: Backend) -> APIRouter:
 
     @router.post("/completions", response_model=Completion, responses=_GENERATES, summary="Continue raw prompts")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        engine = backend.engine(body.model)
+        engine = await backend.engine(body.model)
         sampling = body.sampling()
         prompts = await prepare(engine, [TextInput(prompt, sampling) for prompt in body.prompt])
         generation = await Generation.start(engine, prompts)

@@ -15,16 +15,30 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError
 
+from raytier.actors.describer import Describer
 from raytier.actors.group import ActorGroup, GroupStatus
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import AppConfig
 from raytier.engine.engine import Engine
 from raytier.engine.outputs import EngineStats, OutputDelta
-from raytier.errors import EngineDeadError, ModelNotFoundError
+from raytier.errors import ConflictError, EngineDeadError
+from raytier.planner.budgets import planned_paths
 from raytier.planner.plan import ResourcePlan
 from raytier.serve import generate
+from raytier.serve.control import ModelControl, UnloadMode
 from raytier.serve.generate import GenerateResult
 from raytier.serve.http import build_api
+from raytier.serve.runtime import Runtime
+from raytier.serve.runtime_schema import (
+    Layer,
+    ModelStatus,
+    OperationAnswer,
+    PlanAnswer,
+    ServerStatus,
+    TransferAnswer,
+    TransferStatus,
+)
+from raytier.tiers.transfers import DEFAULT_PRIORITY
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +62,20 @@ class LLMServer:
         self.created = int(time.time())
         app = serve.get_replica_context().app_name
         self._group = ActorGroup(app, config, resources, placement_group)
-        # In a thread: loading takes long, and Serve asks this loop for its health meanwhile. The engine's own
-        # thread starts here too, never in a request, whose cancellation Ray would pass on to its children.
-        self._engine = await asyncio.to_thread(self._group.start, description)
+        describe = Describer(config.model.directory(), description)
+        self._control = ModelControl(self._group, config.model, describe, config.scheduler.max_queue)
+        disks = planned_paths(config, description.manifest.model_dir)
+        self.runtime = Runtime(app, self._group, self._control, description, disks)
+        startup = config.startup_model is not None
+        try:
+            # In threads: this takes long, and Serve asks this loop for its health meanwhile.
+            await asyncio.to_thread(lambda: self._group.start(with_model=startup))
+            if startup:
+                self._control.load(None)
+                await self._control.engine(None)
+        except BaseException:
+            await asyncio.to_thread(self._group.stop)
+            raise
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self, echo_request_id=False)
@@ -60,17 +85,14 @@ class LLMServer:
     def model_ids(self) -> list[str]:
         return [entry.model_id for entry in self._config.models]
 
-    def engine(self, model_id: str | None) -> Engine:
-        if model_id is not None and model_id not in self.model_ids():
-            raise ModelNotFoundError(
-                f"model {model_id!r} is not served here; served are: {', '.join(self.model_ids())}"
-            )
-        return self._engine
+    async def engine(self, model_id: str | None) -> Engine:
+        return await self._control.engine(model_id)
 
     def health(self) -> str | None:
-        return self._failure or self._engine.dead
+        engine = self._control.running
+        return self._failure or self._control.error or (engine.dead if engine is not None else None)
 
-    # Deployment handles
+    # Deployment handles: generation
 
     async def generate(self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any) -> GenerateResult:
         """Continue a raw prompt: `await handle.generate.remote("Once upon", max_tokens=32)`.
@@ -80,9 +102,9 @@ class LLMServer:
             sampling: fields of a completion request: max_tokens, temperature, top_p, top_k, seed, stop, ...
 
         Raises:
-            InvalidRequestError, ModelNotFoundError, QueueFullError, EngineDeadError: as over HTTP.
+            InvalidRequestError, ModelNotFoundError, ConflictError, QueueFullError, EngineDeadError: as over HTTP.
         """
-        return await generate.generate(self.engine(model), prompt, **sampling)
+        return await generate.generate(await self.engine(model), prompt, **sampling)
 
     async def generate_stream(
         self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any
@@ -91,7 +113,7 @@ class LLMServer:
 
         A reader that goes away ends the request.
         """
-        async with aclosing(generate.generate_stream(self.engine(model), prompt, **sampling)) as deltas:
+        async with aclosing(generate.generate_stream(await self.engine(model), prompt, **sampling)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -99,21 +121,66 @@ class LLMServer:
         self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
     ) -> GenerateResult:
         """Continue a conversation of `{"role": ..., "content": ...}`; otherwise as `generate`."""
-        return await generate.chat(self.engine(model), messages, **sampling)
+        return await generate.chat(await self.engine(model), messages, **sampling)
 
     async def chat_stream(
         self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
     ) -> AsyncIterator[OutputDelta]:
         """As `chat`, while it happens."""
-        async with aclosing(generate.chat_stream(self.engine(model), messages, **sampling)) as deltas:
+        async with aclosing(generate.chat_stream(await self.engine(model), messages, **sampling)) as deltas:
             async for delta in deltas:
                 yield delta
 
-    async def stats(self) -> EngineStats:
-        """Counters of the engine, and its present load."""
-        return self._engine.stats()
+    # Deployment handles: the runtime, see `Runtime` for what each raises
 
-    async def status(self) -> GroupStatus:
+    async def load_model(self, model_name_or_path: str, compute_device: str = "auto") -> OperationAnswer:
+        """Begin to load a model; `model_status` shows how far it is. Requests wait for it."""
+        return await self.runtime.load_model(model_name_or_path, compute_device)
+
+    async def unload_model(self, model: str | None = None, mode: UnloadMode = "drain") -> OperationAnswer:
+        """Unload a model: drain lets requests that run end, cancel ends them. Returns when everything is freed."""
+        return await self.runtime.unload_model(model, mode)
+
+    async def model_status(self, model: str | None = None) -> ModelStatus:
+        """State of a model."""
+        return await self.runtime.model_status(model)
+
+    async def layers(self, model: str | None = None) -> list[Layer]:
+        """Every parameter and where it is now."""
+        return await self.runtime.layers(model)
+
+    async def transfer_layer(
+        self,
+        parameter: int | str | None = None,
+        destination: str = "",
+        priority: int = DEFAULT_PRIORITY,
+        *,
+        layer_index: int | None = None,
+        model: str | None = None,
+    ) -> TransferAnswer:
+        """Queue the move of a parameter (id or name), or of the decoder layer `layer_index`, to another tier."""
+        return await self.runtime.transfer_layer(parameter, destination, priority, layer_index=layer_index, model=model)
+
+    async def transfer_status(self, transfer_id: str, *, wait: bool = False) -> TransferStatus:
+        """How far a transfer is; with `wait`, how it has ended."""
+        return await self.runtime.transfer_status(transfer_id, wait=wait)
+
+    async def plan(self, model: str | None = None) -> PlanAnswer:
+        """The plan of the loaded model, with the tiers in which its parameters are now."""
+        return await self.runtime.plan(model)
+
+    async def status(self) -> ServerStatus:
+        """The whole server at a glance."""
+        return await self.runtime.status()
+
+    async def stats(self) -> EngineStats:
+        """Counters of the engine, and its present load; ConflictError when no model is loaded."""
+        engine = self._control.running
+        if engine is None:
+            raise ConflictError(self._control.why_not(self._config.model.model_id))
+        return engine.stats()
+
+    async def actors(self) -> GroupStatus:
         """What every actor holds and has done.
 
         Raises:
@@ -129,20 +196,23 @@ class LLMServer:
         Serve waits for three failures in a row, but not where an actor crashed; that is what is raised here, because
         nothing that has died comes back.
         """
-        if self._engine.dead is None:
+        engine = self._control.running
+        if engine is None or engine.dead is None:
             try:
                 await asyncio.to_thread(self._group.ping)
                 return
             except EngineDeadError as error:
                 self._failure = error.message
                 logger.error("%s; this replica ends", error.message)
-                await asyncio.to_thread(self._engine.close)  # what still runs ends with an error now
+                if engine is not None:
+                    await asyncio.to_thread(engine.close)  # what still runs ends with an error now
         await asyncio.sleep(_LAST_WORDS_S)
         raise RayActorError(error_msg=f"the engine does not run: {self.health()}")
 
     async def __del__(self) -> None:
-        # Before there is an engine nothing has to be ended in order: the actors go with this process.
-        if getattr(self, "_engine", None) is not None:
+        # Before there is a group nothing has to be ended in order.
+        if getattr(self, "_group", None) is not None:
+            self._control.close()
             await asyncio.to_thread(self._group.stop)
 
 

@@ -1,10 +1,11 @@
-"""C5, first version: `raytier plan`."""
+"""C5: `raytier plan`."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from raytier.cli.main import app
 from raytier.cli.render import groups, ranges
 from raytier.hardware.machine import Machine
 from raytier.planner.placement import plan_weights
-from tests.planner.models import CPU_NODE, GPU_NODE, GPU_RATES, RATES, configuration, llama
+from tests.planner.models import CPU_NODE, GPU_NODE, GPU_RATES, RAMDISK_RATES, RATES, configuration, llama
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,7 +59,7 @@ def test_tables(model: str, cpu_machine: str) -> None:
     assert result.exit_code == 0, result.output
     for text in ("cpu-node", "measured rates", "Budgets", "Device budget", "Placement", "Prediction", "through a ring"):
         assert text in result.stdout
-    assert "first token of a 128-token prompt after" in result.stdout
+    assert "first token of a 128-token prompt after" in " ".join(result.stdout.split())
 
 
 def test_json_is_the_plan(model: str, cpu_machine: str) -> None:
@@ -126,11 +127,13 @@ def test_config_and_options_together(model: str, cpu_machine: str, tmp_path: Pat
 
 
 def test_this_machine_is_measured_and_remembered(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from raytier.checkpoint.manifest import SourceFile
     from raytier.execution import rates
+    from raytier.hardware import disk_rates
 
+    for name in ("_PROBE_BYTES", "_REGION"):
+        monkeypatch.setattr(disk_rates, name, 16 * 2**20)
+    monkeypatch.setattr(rates, "_TOTAL_BYTES", 16 * 2**20)
     file = tmp_path / "weights"
     file.write_bytes(bytes(10_000))
     manifest = replace(llama(), files=(SourceFile(str(file), 10_000),))
@@ -139,7 +142,9 @@ def test_this_machine_is_measured_and_remembered(model: str, tmp_path: Path, mon
     config = tmp_path / "serve.yaml"
     config.write_text(f"applications: [{{args: {{cache_dir: {tmp_path}/cache, compute: {{device: cpu}}}}}}]")
 
-    first = json.loads(run(model, "--config", str(config), "--json").stdout)["machine"]["rates"]
+    monkeypatch.setattr(rates, "LoadMeter", lambda: type("Idle", (), {"other_cores": 0.0})())
+    measured = run(model, "--config", str(config), "--json")
+    first = json.loads(measured.stdout)["machine"]["rates"]
     assert first["source"] == "measured"
     assert first["matrix_bytes_per_s"] == [[1, 7e9]]
     assert json.loads(run(model, "--config", str(config), "--json").stdout)["machine"]["rates"] == first
@@ -168,6 +173,22 @@ def test_a_config_alone_is_enough_for_seventy_billion_parameters(tmp_path: Path)
     disk = json.loads(run(str(tmp_path), "--machine", str(machine), "--host-mb", "0", "--json").stdout)["plan"]
     assert disk["host_bytes"] == 0
     assert disk["predictions"][0]["seconds"] == pytest.approx(disk["streamed_bytes"] / 3.5e9, rel=0.02)
+
+
+def test_tiers_that_are_used_or_left_out_are_shown(model: str, tmp_path: Path) -> None:
+    machine = tmp_path / "machine.json"
+    machine.write_text(Machine(CPU_NODE, RAMDISK_RATES).to_json())
+    config = tmp_path / "serve.yaml"
+    config.write_text("applications: [{args: {tiers: {ramdisk: {enabled: true, size_mb: 4, usable_percent: 100}}}}]")
+    options = ("--config", str(config), "--device-mb", "12", "--host-mb", "0")
+    text = " ".join(run(model, "--machine", str(machine), *options).stdout.split())
+    assert "ramdisk" in text
+    assert "from ramdisk and disk through a ring" in text
+    assert "copied to the ramdisk" in text
+    machine.write_text(Machine(CPU_NODE, replace(RAMDISK_RATES, ramdisk_read_bytes_per_s=0.5e9)).to_json())
+    text = " ".join(run(model, "--machine", str(machine), *options).stdout.split())
+    assert "the ramdisk tier is left out, it would not pay" in text
+    assert "from disk through a ring" in text
 
 
 def test_layers_placed_alike_are_one_row() -> None:

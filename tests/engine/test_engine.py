@@ -503,6 +503,21 @@ def test_close_aborts_and_refuses(house: House) -> None:
         engine.submit([1], GREEDY, sink)
 
 
+def test_what_ends_the_engine_is_the_error_of_its_requests(house: House) -> None:
+    gate = Gate()
+    engine = house.build(before_step=gate.before_step)
+    sink = Collector()
+    engine.submit([1, 2], replace(GREEDY, max_tokens=50), sink)
+    gate.wait_for_step()
+    gate.open()
+    engine.close("the model was unloaded")
+    last = sink.wait()[-1]
+    assert (last.finish_reason, last.error) == ("error", "the model was unloaded")
+    assert engine.dead == "the model was unloaded"
+    with pytest.raises(EngineDeadError, match="does not run: the model was unloaded"):
+        engine.submit([1], GREEDY, sink)
+
+
 def test_a_sink_may_submit_abort_and_close(house: House) -> None:
     engine = house.build()
     second = Collector()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytier.checkpoint.manifest import KVLayerSpec
-from raytier.execution.kv_store import KVStore, slot_runs
+from raytier.execution.kv_store import KVStore, batch_runs, slot_runs
 
 LAYERS = (KVLayerSpec(2, 8, 8), KVLayerSpec(1, 8, 4))
 
@@ -21,7 +21,7 @@ def make_store(num_blocks: int = 12, block_size: int = 4) -> KVStore:
 
 @given(st.permutations(range(1, 12)), st.integers(0, 43), st.integers(1, 44))
 def test_runs_name_every_token_once(order: list[int], start: int, length: int) -> None:
-    table, stop = order, min(start + length, 44)
+    table, stop = tuple(order), min(start + length, 44)
     runs = slot_runs(table, 4, start, stop)
     slots = [slot for first, count in runs for slot in range(first, first + count)]
     assert slots == [table[t // 4] * 4 + t % 4 for t in range(start, stop)]
@@ -37,6 +37,45 @@ def test_consecutive_blocks_are_one_view() -> None:
     assert values.untyped_storage().data_ptr() == store.values[0].untyped_storage().data_ptr()
 
 
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(0, 60))
+def test_consecutive_blocks_are_one_run(first: int, start: int, length: int) -> None:
+    runs = slot_runs(tuple(range(first, first + 30)), 4, start, start + length)
+    assert runs == ([(first * 4 + start, length)] if length else [])
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 3)), max_size=30))
+def test_batches_hold_every_run_once(runs: list[tuple[int, int]]) -> None:
+    """Also runs that overlap, as those of sequences with a shared prefix do."""
+    batches = batch_runs(runs)
+    held = [
+        (member, (batch.first + place * batch.stride, batch.length))
+        for batch in batches
+        for place, member in enumerate(batch.members)
+    ]
+    assert sorted(held) == list(enumerate(runs))
+    lengths = [length for _, length in runs]
+    assert all(sum(len(b.members) == 1 for b in batches if b.length == length) <= 1 for length in lengths), (
+        "two runs of equal length always go together"
+    )
+
+
+def test_evenly_spaced_runs_are_one_batch() -> None:
+    (batch,) = batch_runs([(40, 5), (8, 5), (24, 5), (56, 5)])
+    assert (batch.members, batch.first, batch.stride, batch.length) == ((1, 2, 0, 3), 8, 16, 5)
+
+
+def test_a_batch_is_a_view() -> None:
+    store = make_store()
+    store.keys[0].copy_(torch.arange(2 * 48 * 8).view(2, 48, 8))
+    store.values[0].copy_(-store.keys[0])
+    (batch,) = batch_runs([(30, 4), (3, 4), (12, 4), (21, 4)])
+    keys, values = store.read_batch(0, batch)
+    assert keys.untyped_storage().data_ptr() == store.keys[0].untyped_storage().data_ptr()
+    for place, first in enumerate((3, 12, 21, 30)):
+        assert torch.equal(keys[place], store.keys[0][:, first : first + 4])
+        assert torch.equal(values[place], store.values[0][:, first : first + 4])
+
+
 def test_table_too_short_is_refused() -> None:
     with pytest.raises(IndexError, match="9 tokens need more than the 2 blocks of 4"):
         slot_runs((1, 2), 4, 0, 9)
@@ -44,7 +83,8 @@ def test_table_too_short_is_refused() -> None:
 
 @settings(max_examples=40)
 @given(st.permutations(range(1, 12)), st.integers(0, 30), st.integers(1, 14), st.sampled_from([0, 1]))
-def test_written_tokens_are_read_back(order: list[int], start: int, length: int, layer: int) -> None:
+def test_written_tokens_are_read_back(blocks: list[int], start: int, length: int, layer: int) -> None:
+    order = tuple(blocks)
     store = make_store()
     for tensor in (*store.keys, *store.values):
         tensor.fill_(-1)

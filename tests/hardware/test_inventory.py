@@ -1,8 +1,11 @@
-"""A1: what is on a node, in any cgroup."""
+"""A1, A4: what is on a node, in any cgroup."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,3 +166,73 @@ def test_json_round_trip() -> None:
 def test_a_bad_field_is_named(text: str, field: str) -> None:
     with pytest.raises(ConfigurationError, match=field):
         NodeInventory.from_json(text)
+
+
+# --- what decides how fast a node is ---------------------------------------------------------------------------------
+
+
+def test_instruction_sets_and_huge_pages(root: Path) -> None:
+    found = take_inventory(root=str(root))
+    assert (found.instruction_sets, found.huge_pages) == ((), "")
+    write(root, "proc/cpuinfo", "processor : 0\nflags : fpu sse avx2 avx512f amx_bf16\nprocessor : 1\nflags : fpu\n")
+    write(root, "sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
+    found = take_inventory(root=str(root))
+    assert found.instruction_sets == ("avx2", "avx512f", "amx_bf16")
+    assert found.huge_pages == "madvise"
+    write(root, "proc/cpuinfo", "Features : fp asimd i8mm sve\n")
+    assert take_inventory(root=str(root)).instruction_sets == ("asimd", "i8mm", "sve")
+
+
+@pytest.mark.parametrize(
+    ("environment", "threshold"),
+    [
+        ({}, 0.95),
+        ({"RAY_memory_usage_threshold": "0.8"}, 0.8),
+        ({"RAY_memory_usage_threshold": "lots"}, 0.95),
+        ({"RAY_memory_usage_threshold": "80"}, 0.95),
+        ({"RAY_memory_usage_threshold": "0.8", "RAY_memory_monitor_refresh_ms": "0"}, 1.0),
+    ],
+)
+def test_rays_memory_monitor(
+    root: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threshold: float
+) -> None:
+    for name in ("RAY_memory_usage_threshold", "RAY_memory_monitor_refresh_ms"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert take_inventory(root=str(root)).memory_threshold == threshold
+
+
+def test_a_path_that_will_be_made_is_reported_with_the_disk_it_will_lie_on(tmp_path: Path) -> None:
+    future = str(tmp_path / "not" / "yet")
+    found = take_inventory([future, str(tmp_path), future])
+    assert [disk.path for disk in found.disks] == [future, str(tmp_path)]
+    first, second = found.disks
+    assert (first.filesystem, first.device) == (second.filesystem, second.device)
+    assert found.disk(future) == first
+    assert found.disk("/other") is None
+
+
+def test_direct_io_is_tried_on_directories_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(10))
+    paths = [str(tmp_path), str(tmp_path / "file")]
+    tried: list[int] = []
+    answer = 0
+    real = os.open
+
+    def opener(path: Any, flags: int, *rest: int) -> int:
+        if not flags & os.O_DIRECT:
+            return real(path, flags, *rest)
+        tried.append(flags)
+        if answer:
+            raise OSError(answer, "no")
+        return real("/dev/null", os.O_RDONLY)
+
+    monkeypatch.setattr(module.os, "open", opener)
+    assert [disk.direct_io for disk in take_inventory(paths).disks] == [True, True]
+    assert [bool(flags & os.O_TMPFILE == os.O_TMPFILE) for flags in tried] == [True, False]
+    answer = errno.EINVAL
+    assert [disk.direct_io for disk in take_inventory(paths).disks] == [False, False]
+    answer = errno.EACCES
+    assert [disk.direct_io for disk in take_inventory(paths).disks] == [None, None]
+    assert sorted(os.listdir(tmp_path)) == ["file"]

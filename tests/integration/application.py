@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +45,9 @@ def repr_of(actor: Any) -> str:
     return str(ray.get(actor.__ray_call__.remote(repr)))
 
 
-def actors_of(app: str) -> dict[str, Any]:
+def actors_of(app: str, roles: Sequence[str] = ROLES) -> dict[str, Any]:
     """Actors of an application by role."""
-    return {role: ray.get_actor(actor_name(app, role), NAMESPACE) for role in ROLES}
+    return {role: ray.get_actor(actor_name(app, role), NAMESPACE) for role in roles}
 
 
 def ours(folder: Path) -> set[str]:
@@ -84,7 +84,7 @@ class Application:
         return result
 
     def status(self) -> GroupStatus:
-        result: GroupStatus = self.handle.status.remote().result(timeout_s=60)
+        result: GroupStatus = self.handle.actors.remote().result(timeout_s=60)
         return result
 
     def generate(self, prompt: list[int], **sampling: Any) -> list[int]:

@@ -15,6 +15,8 @@ from tests.models import _one_thread, save_model, tokenizer_dir
 
 __all__ = ["_one_thread", "tokenizer_dir"]
 
+LARGE_VOCAB = 8192
+
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -42,6 +44,25 @@ def layered_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -
         intermediate_size=512,
         num_hidden_layers=20,
         num_key_value_heads=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def large_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """340 MB in 12 layers: large enough to be seen in the memory of a process."""
+    path = tmp_path_factory.mktemp("models") / "large"
+    return save_model(
+        path,
+        "llama",
+        tokenizer_dir,
+        fill=lambda parameter: parameter.normal_(std=0.05),
+        vocab_size=LARGE_VOCAB,
+        hidden_size=1024,
+        intermediate_size=1024,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
     )
 
 

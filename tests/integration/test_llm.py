@@ -146,12 +146,10 @@ def test_what_fails_says_why_and_leaves_nothing(
     class NoDisk:
         """A DiskTierActor that cannot be made; only the last case comes as far as that. Local, so it travels alone."""
 
-        def __init__(self, name: str) -> None:
+        def __init__(self, name: str, tier: object) -> None:
             raise ResourceNotAvailableError("there is no disk; mount one")
 
-        def open_model(self, manifest: ModelManifest) -> None: ...
-
-    monkeypatch.setattr("raytier.actors.group.DiskTierActor", NoDisk)
+    monkeypatch.setattr("raytier.actors.group.remote_disk_actor", lambda: ray.remote(NoDisk))
     with pytest.raises(error, match=message) as raised:
         LLM(str(tiny_dir) if model == "tiny" else model, **{"cache_dir": cache_dir} | settings)
     assert "Traceback" not in str(raised.value)

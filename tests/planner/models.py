@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raytier.checkpoint.manifest import KVLayerSpec, ModelManifest, Parameter, Role
 from raytier.config import AppConfig, parse_config
 from raytier.hardware.inventory import GPU, NodeInventory
-from raytier.hardware.rates import Rates
+from raytier.hardware.rates import Overlap, Rates
 
 GIB = 2**30
 #: A CPU node whose disk is eight times slower than its linear layers.
 RATES = Rates(1e9, ((1, 8e9), (8, 8e9), (64, 6e9), (512, 1e9)))
 GPU_RATES = Rates(3.5e9, ((1, 1500e9), (8, 1500e9), (64, 1400e9), (512, 400e9)), 24e9)
 
-CPU_NODE = NodeInventory("cpu-node", 2, 24 * GIB, 22 * GIB)
+#: The same with a ramdisk that is four times as fast as the disk.
+RAMDISK_RATES = replace(RATES, ramdisk_read_bytes_per_s=4e9)
+#: A node of which everything was measured.
+FULL_RATES = replace(
+    RAMDISK_RATES,
+    packed_matrix_bytes_per_s=((1, 12e9), (8, 12e9), (64, 9e9), (512, 1.3e9)),
+    disk_write_bytes_per_s=0.8e9,
+    memory_copy_bytes_per_s=10e9,
+    attention_bytes_per_s=5e9,
+    logits_per_s=1e9,
+    layer_seconds=2e-4,
+    layer_sequence_seconds=1e-5,
+    step_seconds=5e-4,
+    step_sequence_seconds=1e-5,
+    matrix_seconds=5e-5,
+    packed_matrix_seconds=1e-5,
+    overlap=Overlap(0.95, 0.9),
+    ramdisk_overlap=Overlap(0.7, 0.5),
+)
+
+CPU_NODE = NodeInventory("cpu-node", 2, 24 * GIB, 22 * GIB, shm_free=12 * GIB)
 GPU_NODE = NodeInventory("gpu-node", 32, 128 * GIB, 124 * GIB, gpus=(GPU(0, "A100", 80 * GIB, 79 * GIB, "8.0"),))
 
 
@@ -72,12 +93,22 @@ def llama(
 
 
 def configuration(
-    *, device_mb: float | None = None, host_mb: float | None = 0, nvme: dict[str, Any] | None = None, **sections: Any
+    *,
+    device_mb: float | None = None,
+    host_mb: float | None = 0,
+    nvme: dict[str, Any] | None = None,
+    ramdisk: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> AppConfig:
     """A configuration with these caps; small steps and little KV unless `sections` say otherwise."""
     args: dict[str, Any] = {
         "models": [{"model_id": "m", "source_path": "/models/llama"}],
-        "tiers": {"device": {"max_mb": device_mb}, "host": {"max_mb": host_mb}, "nvme": nvme or {}},
+        "tiers": {
+            "device": {"max_mb": device_mb},
+            "host": {"max_mb": host_mb},
+            "nvme": nvme or {},
+            "ramdisk": ramdisk or {},
+        },
         "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 64},
         "kv": {"expected_sequences": 2, "expected_context": 128},
     }

@@ -1,4 +1,4 @@
-"""C1, C2, C3, C4: where parameters go, the split with KV, and refusals with numbers."""
+"""A3, C1, C2, C3, C4: where parameters go, the split with KV, what does not pay, and refusals with numbers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ import pytest
 from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import MIB
 from raytier.errors import BudgetError
-from raytier.hardware.inventory import GPU
+from raytier.hardware.inventory import GPU, Disk
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.planner.sizing import kv_demand, resident_nbytes
-from tests.planner.models import CPU_NODE, GIB, GPU_NODE, GPU_RATES, RATES, configuration, llama
+from tests.planner.models import (
+    CPU_NODE,
+    FULL_RATES,
+    GIB,
+    GPU_NODE,
+    GPU_RATES,
+    RAMDISK_RATES,
+    RATES,
+    configuration,
+    llama,
+)
 
 MODEL = llama()  # 16.8 MB: embedding and head 2 MB each, layers 1.6 MB each
 
@@ -118,6 +128,78 @@ def test_what_the_host_cannot_hold_goes_to_disk() -> None:
     assert plan.streamed_bytes < without.streamed_bytes
 
 
+def test_tiers_are_filled_fastest_first() -> None:
+    config = configuration(device_mb=8, host_mb=3, ramdisk={"enabled": True, "size_mb": 4, "usable_percent": 100})
+    plan = plan_weights(MODEL, CPU_NODE, RAMDISK_RATES, config)
+    assert 2.5 * MIB < plan.host_bytes <= 3 * MIB
+    assert 3.5 * MIB < plan.ramdisk_bytes <= 4 * MIB
+    assert plan.nvme_bytes > 0
+    assert plan.host_bytes + plan.ramdisk_bytes + plan.nvme_bytes + plan.devices[0].resident_bytes == MODEL.nbytes
+    without = plan_weights(MODEL, CPU_NODE, RAMDISK_RATES, configuration(device_mb=8, host_mb=3))
+    assert plan.predictions[0].seconds < 0.9 * without.predictions[0].seconds
+    assert any(f"{plan.ramdisk_bytes / MIB:.1f} MB are copied to the ramdisk" in note for note in plan.notes)
+    # What is on the ramdisk streams, and is spread as evenly as what is on disk.
+    assert plan.streamed_bytes > plan.nvme_bytes - MODEL.by_name[MODEL.embedding].nbytes
+    per_layer = [
+        sum(p.nbytes for p in MODEL.layer_parameters(i) if plan.tier_of[p.name] is Tier.RAMDISK) for i in range(8)
+    ]
+    largest = max(p.nbytes for p in MODEL.layer_parameters(0))
+    assert max(per_layer) - min(per_layer) <= 2 * largest
+
+
+def test_a_tier_that_does_not_pay_is_left_out_and_the_plan_says_why() -> None:
+    config = configuration(device_mb=8, ramdisk={"enabled": True, "size_mb": 100})
+    slow = replace(RATES, ramdisk_read_bytes_per_s=0.5e9)
+    plan = plan_weights(MODEL, CPU_NODE, slow, config)
+    assert plan.ramdisk_bytes == 0 < plan.nvme_bytes
+    (note,) = [note for note in plan.notes if "left out" in note]
+    assert "the ramdisk tier" in note
+    with_it, without = (float(n) for n in re.findall(r"([\d.]+) ms", note))
+    assert with_it > without == pytest.approx(plan.predictions[0].seconds * 1e3, abs=0.06)
+    # Equally fast is not worth the memory and the copies; a fast one is.
+    assert plan_weights(MODEL, CPU_NODE, replace(slow, ramdisk_read_bytes_per_s=1e9), config).ramdisk_bytes == 0
+    fast = plan_weights(MODEL, CPU_NODE, RAMDISK_RATES, config)
+    assert fast.ramdisk_bytes > 0
+    assert not any("left out" in note for note in fast.notes)
+    # There is nothing else to put it on.
+    only = configuration(device_mb=8, ramdisk={"enabled": True, "size_mb": 100}, nvme={"enabled": False})
+    assert plan_weights(MODEL, CPU_NODE, slow, only).ramdisk_bytes > 0
+
+
+def test_reading_that_hides_behind_compute_needs_no_host_memory() -> None:
+    def host_bytes(disk: float) -> int:
+        rates = replace(RATES, disk_read_bytes_per_s=disk)
+        return plan_weights(MODEL, CPU_NODE, rates, configuration(device_mb=12, host_mb=100)).host_bytes
+
+    assert host_bytes(100e9) == 0
+    assert host_bytes(1e9) > 0
+    # They are read in exactly the time of everything else: too close to rely on.
+    plan = plan_weights(MODEL, CPU_NODE, replace(RATES, disk_read_bytes_per_s=100e9), configuration(device_mb=12))
+    assert host_bytes(plan.streamed_bytes / plan.predictions[0].seconds) > 0
+
+
+def test_copies_of_the_disk_tier_are_announced_with_their_size_and_time() -> None:
+    node = replace(CPU_NODE, disks=(Disk("/fast", "xfs", 50 * GIB, 100 * GIB),))
+    plan = plan_weights(MODEL, node, FULL_RATES, configuration(device_mb=8, nvme={"paths": ["/fast"]}))
+    (note,) = [note for note in plan.notes if "tiers.nvme.paths" in note]
+    assert f"{plan.nvme_bytes / MIB:.1f} MB are copied to the 1 directories" in note
+    assert "about 0 s" in note
+    tight = replace(CPU_NODE, disks=(Disk("/fast", "xfs", 5 * GIB + 3 * MIB, 100 * GIB),))
+    with pytest.raises(BudgetError, match="nvme 3.0 MB"):
+        plan_weights(MODEL, tight, FULL_RATES, configuration(device_mb=8, nvme={"paths": ["/fast"]}))
+
+
+def test_packing_follows_the_rates() -> None:
+    plan = plan_weights(MODEL, CPU_NODE, FULL_RATES, configuration())
+    assert plan.devices[0].packed
+    assert any("1.50x as fast at one row" in note for note in plan.notes)
+    same = replace(FULL_RATES, packed_matrix_bytes_per_s=FULL_RATES.matrix_bytes_per_s)
+    assert not plan_weights(MODEL, CPU_NODE, same, configuration()).devices[0].packed
+    assert not plan_weights(MODEL, CPU_NODE, RATES, configuration()).devices[0].packed
+    gpu = replace(GPU_RATES, packed_matrix_bytes_per_s=((1, 1e15),))
+    assert not plan_weights(MODEL, GPU_NODE, gpu, configuration()).devices[0].packed
+
+
 def test_on_a_gpu_host_parameters_go_through_the_ring() -> None:
     node = replace(GPU_NODE, gpus=(GPU(0, "small", GIB, GIB), GPU(1, "other", GIB, GIB)))
     plan = plan_weights(MODEL, node, GPU_RATES, configuration(device_mb=12, host_mb=None))
@@ -155,6 +237,33 @@ def test_a_rule_offloads_a_model_that_fits_and_says_what_it_costs() -> None:
     assert len(costs) == 1
     numbers = [float(n) for n in re.findall(r"([\d.]+) ms", costs[0])]
     assert numbers[0] > numbers[1]
+
+
+def test_a_rule_that_costs_time_is_obeyed_and_priced_where_the_model_does_not_fit_either() -> None:
+    attention_off = rules(("self_attn", "nvme", 1), ("embed", "device", 1))
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=14, placement=attention_off))
+    assert all(p.tier is Tier.NVME for p in plan.placements if "self_attn" in p.name)
+    (cost,) = [warning for warning in plan.warnings if "instead of" in warning]
+    actual, ideal = (float(n) for n in re.findall(r"([\d.]+) ms", cost))
+    assert actual == pytest.approx(plan.predictions[0].seconds * 1e3, abs=0.06)
+    bare = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=14))
+    assert ideal == pytest.approx(bare.predictions[0].seconds * 1e3, abs=0.06)
+    harmless = rules(("embed", "nvme", 1))
+    plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(device_mb=12, placement=harmless))
+    assert not any("instead of" in warning for warning in plan.warnings)
+
+
+def test_a_rule_for_the_ramdisk() -> None:
+    placement = rules(("mlp", "ramdisk", 1))
+    config = configuration(ramdisk={"enabled": True, "size_mb": 100}, placement=placement)
+    plan = plan_weights(MODEL, CPU_NODE, RAMDISK_RATES, config)
+    assert all(p.tier is (Tier.RAMDISK if ".mlp." in p.name else Tier.DEVICE) for p in plan.placements)
+    assert plan.streamed_bytes == plan.ramdisk_bytes > 0
+    assert plan.devices[0].ring_bytes > 0
+    assert any("the model fits" in warning for warning in plan.warnings)
+    off = plan_weights(MODEL, CPU_NODE, RAMDISK_RATES, configuration(placement=placement))
+    assert set(off.tier_of.values()) == {Tier.DEVICE}
+    assert all("ramdisk has no room" in p.reason for p in off.placements if ".mlp." in p.name)
 
 
 def test_the_lowest_priority_wins_and_regular_expressions_work() -> None:

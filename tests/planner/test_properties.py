@@ -12,9 +12,9 @@ from raytier.checkpoint.manifest import Extent, ModelManifest, SourceFile
 from raytier.errors import BudgetError
 from raytier.hardware.inventory import GPU, NodeInventory
 from raytier.planner.placement import plan_weights
-from raytier.planner.plan import Tier, WeightPlan
+from raytier.planner.plan import FILE_TIERS, Tier, WeightPlan
 from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, resident_nbytes
-from tests.planner.models import CPU_NODE, GIB, GPU_RATES, RATES, configuration, llama
+from tests.planner.models import CPU_NODE, GIB, GPU_RATES, RAMDISK_RATES, configuration, llama
 
 GPU_NODE = replace(CPU_NODE, gpus=(GPU(0, "GPU", GIB, GIB),))
 
@@ -39,7 +39,7 @@ placement = st.lists(
     st.fixed_dictionaries(
         {
             "pattern": st.sampled_from(["mlp", "layers.1.", "embed", "lm_head", "re:[qk]_proj", "weight", "none"]),
-            "tier": st.sampled_from(["device", "host", "nvme"]),
+            "tier": st.sampled_from(["device", "host", "ramdisk", "nvme"]),
             "priority": st.integers(1, 3),
         }
     ),
@@ -53,8 +53,10 @@ def configurations(draw: st.DrawFn, with_rules: bool = True) -> Any:
         device_mb=draw(st.sampled_from([None, *range(2, 16)])),
         host_mb=draw(st.one_of(st.just(0.0), st.floats(0, 10))),
         nvme={"enabled": draw(st.booleans()), "max_gb": draw(st.sampled_from([None, None, 0.003]))},
+        ramdisk={"enabled": draw(st.booleans()), "size_mb": draw(st.sampled_from([1, 5, 100])), "mount": False},
         prefetch={"window": draw(st.sampled_from(["auto", "auto", 1, 4, 20]))},
         placement={"rules": draw(placement) if with_rules else []},
+        scheduler={"max_num_seqs": 4, "max_num_batched_tokens": draw(st.sampled_from([64, "auto"]))},
         kv={
             "block_size": draw(st.sampled_from([1, 16, 64])),
             "expected_sequences": draw(st.sampled_from(["auto", 1, 5])),
@@ -76,13 +78,15 @@ def check(manifest: ModelManifest, config: Any, node: NodeInventory, plan: Weigh
 
     # Every parameter exactly once, in order; sums as stated; budgets kept.
     assert [p.name for p in plan.placements] == list(parameters)
-    assert (device.resident_bytes, plan.host_bytes, plan.nvme_bytes) == tuple(sums[tier] for tier in Tier)
+    held = (device.resident_bytes, plan.host_bytes, plan.ramdisk_bytes, plan.nvme_bytes)
+    assert held == tuple(sums[tier] for tier in Tier)
     used = device.resident_bytes + device.ring_bytes + device.kv_bytes + device.activation_bytes
     assert used <= device.budget_bytes
     if config.tiers.device.max_mb is not None:
         assert device.budget_bytes <= config.tiers.device.max_mb * 2**20
     if config.tiers.host.max_mb is not None:
         assert plan.host_bytes <= config.tiers.host.max_mb * 2**20
+    assert plan.ramdisk_bytes <= (config.tiers.ramdisk.size_mb * 2**20 if config.tiers.ramdisk.enabled else 0)
     if not config.tiers.nvme.enabled:
         assert plan.nvme_bytes == 0
     elif config.tiers.nvme.max_gb is not None:
@@ -94,7 +98,7 @@ def check(manifest: ModelManifest, config: Any, node: NodeInventory, plan: Weigh
     assert device.kv_bytes == device.kv_blocks * demand.block_bytes
 
     # The ring holds two units of whatever streams; nothing streams without one.
-    streaming = (Tier.NVME, Tier.HOST) if device.kind == "cuda" else (Tier.NVME,)
+    streaming = FILE_TIERS if device.kind == "cpu" else (Tier.HOST, *FILE_TIERS)
     units = [
         sum(p.nbytes for p in manifest.layer_parameters(i) if tier_of[p.name] in streaming)
         for i in range(manifest.num_layers)
@@ -113,14 +117,20 @@ def check(manifest: ModelManifest, config: Any, node: NodeInventory, plan: Weigh
     assert [p.batch for p in plan.predictions] == [1, 8, 32]
     for p in plan.predictions:
         assert 0 < p.compute_seconds <= p.seconds * 1.000001
-        assert p.seconds <= (p.compute_seconds + p.io_seconds) * 1.000001
+        assert p.seconds <= p.compute_seconds + p.io_seconds + p.attention_seconds + p.overhead_seconds + 1e-9
     assert plan.first_token_seconds > 0
+    scheduler = config.scheduler
+    if scheduler.max_num_batched_tokens == "auto":
+        assert max(16, scheduler.max_num_seqs) <= device.max_num_batched_tokens <= 2048
+    else:
+        assert device.max_num_batched_tokens == scheduler.max_num_batched_tokens
+    assert device.activation_bytes == activation_bytes(manifest, device.max_num_batched_tokens, scheduler.max_num_seqs)
 
 
 @settings(deadline=None, max_examples=150)
 @given(manifests(), configurations(), st.sampled_from([CPU_NODE, GPU_NODE]))
 def test_a_plan_within_its_budgets_or_a_refusal(manifest: ModelManifest, config: Any, node: NodeInventory) -> None:
-    rates = GPU_RATES if node.gpus else RATES
+    rates = GPU_RATES if node.gpus else RAMDISK_RATES
     try:
         plan = plan_weights(manifest, node, rates, config)
     except BudgetError as error:
@@ -138,11 +148,11 @@ def test_a_model_that_fits_is_never_offloaded(manifest: ModelManifest, config: A
     demand = kv_demand(manifest, config)
     needed = (
         sum(resident_nbytes(p, manifest) for p in manifest.parameters)
-        + activation_bytes(manifest, 64, 4)
+        + activation_bytes(manifest, 512, 4)
         + demand.expected * demand.block_bytes
     )
     try:
-        plan = plan_weights(manifest, CPU_NODE, RATES, config)
+        plan = plan_weights(manifest, CPU_NODE, RAMDISK_RATES, config)
     except BudgetError:
         assert config.tiers.device.max_mb is not None
         assert config.tiers.device.max_mb * 2**20 < needed
@@ -156,7 +166,7 @@ def test_a_model_that_fits_is_never_offloaded(manifest: ModelManifest, config: A
 @given(manifests(), st.floats(1.5, 20))
 def test_the_disk_part_is_even_within_one_parameter(manifest: ModelManifest, device_mb: float) -> None:
     try:
-        plan = plan_weights(manifest, CPU_NODE, RATES, configuration(device_mb=device_mb))
+        plan = plan_weights(manifest, CPU_NODE, RAMDISK_RATES, configuration(device_mb=device_mb))
     except BudgetError:
         return
     per_layer = [
@@ -184,7 +194,7 @@ def test_the_ring_holds_two_units_as_execution_lays_them_out(
         offset += p.nbytes
     stored = replace(manifest, parameters=tuple(parameters), files=(SourceFile("/f", offset),))
     try:
-        plan = plan_weights(stored, CPU_NODE, RATES, configuration(device_mb=device_mb))
+        plan = plan_weights(stored, CPU_NODE, RAMDISK_RATES, configuration(device_mb=device_mb))
     except BudgetError:
         return
     units = sweep_units(stored, plan.tier_of, plan.devices[0].head_chunk_rows)

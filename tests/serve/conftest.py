@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from raytier.config import Scheduler
 from raytier.engine.tokenizer import Tokenizer
 from raytier.serve.http import build_api
-from tests.serve.helpers import Served, make_tokenizer
+from tests.serve.echo import Served, make_tokenizer
 
 MakeServed = Callable[..., Served]
 
@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def make_served(tokenizer: Tokenizer) -> Iterator[MakeServed]:
-    """Engines with other limits; closed after the test."""
+    """Applications with other limits, no model loaded; closed after the test."""
     made: list[Served] = []
 
     def make(*, max_queue: int = 64, max_num_seqs: int = 32, blocks: int = 4096, max_context: int = 4096) -> Served:
@@ -38,8 +38,11 @@ def make_served(tokenizer: Tokenizer) -> Iterator[MakeServed]:
 
 
 @pytest.fixture
-def served(make_served: MakeServed) -> Served:
-    return make_served()
+async def served(make_served: MakeServed) -> Served:
+    """An application whose model is loaded."""
+    served = make_served()
+    await served.load()
+    return served
 
 
 @pytest.fixture

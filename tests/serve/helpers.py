@@ -1,128 +1,13 @@
-"""A model that repeats its prompt, a backend over real engines, and a client that can go away."""
+"""A client that can go away, and what it received."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backing
-
-from raytier.checkpoint.manifest import GenerationDefaults, TokenizerSpec
-from raytier.config import Scheduler
-from raytier.engine.engine import Engine, EngineConfig
-from raytier.engine.outputs import EngineStats
-from raytier.engine.step import StepBatch, StepResult
-from raytier.engine.tokenizer import Tokenizer
-from raytier.errors import EngineDeadError, ModelNotFoundError
-from raytier.kv.block_pool import BlockPool
-
-MODEL = "org/echo"
-END = "<|end|>"
-TEMPLATE = (
-    "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user has to speak first') }}{% endif %}"
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
-    "{% if shout %}!{% endif %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-TEXT = ["The quick brown fox jumps over the lazy dog.", "Grüße aus Köln, 東京 and 🙂 everywhere.", "one two three four"]
-
-
-def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE over a few sentences, trained here."""
-    backing = Backing(models.BPE())
-    backing.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backing.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backing.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    special = [END, "<|system|>", "<|user|>", "<|assistant|>"]
-    backing.add_special_tokens([AddedToken(name, special=True) for name in special])
-    end = backing.token_to_id(END)
-    return Tokenizer(TokenizerSpec(backing.to_str(), TEMPLATE, {"eos_token": END}, None, (end,), False))
-
-
-class Echo:
-    """Executor whose model repeats the prompt and then ends.
-
-    Attributes:
-        gate: steps wait here while it is cleared.
-        before_step: step number (from 1) -> called when that step begins; may close the gate or raise.
-    """
-
-    def __init__(self, end: int) -> None:
-        self._end = end
-        self._tokens: dict[int, list[int]] = {}
-        self._prompt_len: dict[int, int] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-        self.before_step: dict[int, Callable[[], object]] = {}
-        self.steps = 0
-
-    def step(self, batch: StepBatch) -> StepResult:
-        self.steps += 1
-        self.before_step.get(self.steps, lambda: None)()
-        assert self.gate.wait(30), "the test left the gate closed"
-        drawn: dict[int, int] = {}
-        for chunk in batch.chunks:
-            known = self._tokens.setdefault(chunk.seq_id, [])
-            known[chunk.start :] = chunk.token_ids
-            if chunk.sample is None:
-                continue
-            length = self._prompt_len.setdefault(chunk.seq_id, len(known))
-            position = chunk.sample.position
-            drawn[chunk.seq_id] = known[position] if position < length else self._end
-        return StepResult(batch.step, drawn)
-
-
-def die() -> None:
-    """What an executor does when its actor is gone."""
-    raise EngineDeadError("the device actor died (OOM)")
-
-
-class Served:
-    """One engine as a `Backend`."""
-
-    created = 1_700_000_000
-
-    def __init__(self, tokenizer: Tokenizer, scheduler: Scheduler, blocks: int, max_context: int) -> None:
-        self.executor = Echo(tokenizer.spec.eos_token_ids[0])
-        self.pool = BlockPool(4)
-        self.pool.add_extent(1, blocks)
-        defaults = GenerationDefaults(temperature=0.0, stop_token_ids=tokenizer.spec.eos_token_ids)
-        config = EngineConfig(scheduler, scheduler.max_num_batched_tokens, max_context, tokenizer.vocab_size)
-        self.only = Engine(MODEL, self.executor, tokenizer, self.pool, defaults, config)
-        self.reason: str | None = None
-
-    def model_ids(self) -> list[str]:
-        return [MODEL]
-
-    def engine(self, model_id: str | None) -> Engine:
-        if model_id not in (None, MODEL):
-            raise ModelNotFoundError(f"model {model_id!r} is not served here; served are: {MODEL}")
-        return self.only
-
-    def health(self) -> str | None:
-        return self.reason
-
-    async def until(self, condition: Callable[[EngineStats], object]) -> None:
-        """Wait for something in the engine's statistics; its thread sets no event of asyncio's."""
-
-        async def met() -> None:
-            while not condition(self.only.stats()):  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-
-        await asyncio.wait_for(met(), 10)
-
-    async def idle(self) -> None:
-        """Wait until the engine holds nothing."""
-        await self.until(lambda stats: not (stats.running or stats.waiting or stats.kv_blocks_used))
-
-    def close(self) -> None:
-        self.executor.gate.set()
-        self.only.close()
 
 
 class Exchange:

@@ -9,7 +9,7 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.serve.helpers import MODEL, Served, die
+from tests.serve.echo import MODEL, Served, die
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Grüße aus 東京 🙂"}]
 

@@ -13,7 +13,8 @@ from fastapi import FastAPI
 
 from raytier.serve.generate import chat, chat_stream, generate, generate_stream
 from raytier.serve.http import build_api
-from tests.serve.helpers import MODEL, Exchange, Served, die, events
+from tests.serve.echo import MODEL, Served, die
+from tests.serve.helpers import Exchange, events
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -181,6 +182,7 @@ async def test_a_slow_reader_gets_merged_events(app: FastAPI, served: Served) ->
 
 async def test_a_refused_batch_leaves_nothing(make_served: Callable[..., Served]) -> None:
     served = make_served(max_queue=2, max_num_seqs=1)
+    await served.load()
     app = build_api(served)
     served.executor.gate.clear()
     running = Exchange(app, TEXT, {"prompt": "one two"})

@@ -1,0 +1,68 @@
+"""Where parameters lie outside of the device, as their owners see it: room that is obtained and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from raytier.actors.device import ArenaGrant, Move
+from raytier.actors.executor import answer_of
+from raytier.checkpoint.manifest import ModelManifest
+from raytier.execution.layout import host_nbytes
+from raytier.planner.plan import Tier
+from raytier.tiers.copies import TierCopy
+
+
+class Place(Protocol):
+    """A tier that an actor owns. Calls block, and raise what the actor raises (`RayActorError` when it is gone)."""
+
+    tier: Tier
+
+    def obtain(self, names: Iterable[str]) -> Move:
+        """Room for parameters, as the move that brings them there.
+
+        Raises:
+            ResourceNotAvailableError, TierError: there is none, or the bytes could not be written; nothing is held.
+        """
+        ...
+
+    def give_back(self, names: Sequence[str] | None = None) -> None:
+        """Free the room of these parameters; None: of all that the model has."""
+        ...
+
+
+class HostPlace:
+    """The node's host pool: ranges of its arena, filled by the device."""
+
+    tier = Tier.HOST
+
+    def __init__(self, actor: Any, model_id: str, manifest: ModelManifest) -> None:
+        self._actor = actor
+        self._model_id = model_id
+        self._manifest = manifest
+
+    def obtain(self, names: Iterable[str]) -> Move:
+        sizes = {name: host_nbytes(self._manifest.by_name[name]) for name in names}
+        grants: Mapping[str, ArenaGrant] = answer_of(self._actor.reserve.remote(self._model_id, sizes))
+        return Move(tuple(sizes), self.tier, grants=grants)
+
+    def give_back(self, names: Sequence[str] | None = None) -> None:
+        answer_of(self._actor.free.remote(self._model_id, names))
+
+
+class FilePlace:
+    """Files of the ramdisk, or of the disk tier's own directories: copies, written by their actor."""
+
+    def __init__(self, tier: Tier, actor: Any, model_id: str, manifest: ModelManifest) -> None:
+        self.tier = tier
+        self._actor = actor
+        self._model_id = model_id
+        self._manifest = manifest
+
+    def obtain(self, names: Iterable[str]) -> Move:
+        wanted = tuple(names)
+        copies: Mapping[str, TierCopy] = answer_of(self._actor.store.remote(self._model_id, self._manifest, wanted))
+        return Move(wanted, self.tier, copies=copies)
+
+    def give_back(self, names: Sequence[str] | None = None) -> None:
+        answer_of(self._actor.remove.remote(self._model_id, names))
