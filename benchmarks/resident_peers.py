@@ -45,7 +45,7 @@ TARGETS = {1: (0.9, 1.0), 8: (1.1, 1.3), 32: (1.2, 1.5)}
 PROMPT = 64
 WARM_UP = 3
 STEPS = {1: 40, 8: 24, 32: 12}
-QUICK_STEPS = {1: 40, 8: 24, 32: 12}
+QUICK_STEPS = {1: 16, 8: 10, 32: 6}
 #: Tokens of one sequence: prompt, window and what sequences decode while others are still being prefilled.
 CONTEXT = 256
 PEERS = ("vllm", "llama")
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="T11: a model that fits, against vLLM-CPU and llama.cpp.")
     parser.add_argument("--quick", action="store_true", help="a 300 MB model, vLLM without compiling")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--rounds", type=int, help="five, at least, for a result that counts (quick: 3)")
+    parser.add_argument("--rounds", type=int, help="five, at least, for a result that counts (quick: 2)")
     parser.add_argument("--threads", type=int, help="CPU threads of every side (all cores)")
     parser.add_argument("--only", action="append", choices=["raytier", *PEERS], help="these sides alone")
     parser.add_argument("--vllm-env", action="append", default=[], metavar="NAME=VALUE", help="to try a setting")
@@ -187,7 +187,7 @@ def main() -> None:
             runs = {name: start(stack, name, shape, model, logs, arguments) for name in names}
             for run in runs.values():  # kernels chosen, pages touched
                 run.side.decode(max(BATCHES), PROMPT, 0, 2)
-            for number in range(arguments.rounds or (3 if arguments.quick else 5)):
+            for number in range(arguments.rounds or (2 if arguments.quick else 5)):
                 for batch in BATCHES:
                     for name in names if number % 2 else names[::-1]:
                         run = runs[name]

@@ -64,7 +64,7 @@ class HostTier(_Section):
 
 
 class RamdiskTier(_Section):
-    """A directory on a tmpfs; `path` null: /dev/shm. `mount`: mount a tmpfs of `size_mb` at `path` (asks for the right)."""
+    """A directory on a tmpfs; `path` null: /dev/shm. `mount`: mount a tmpfs of `size_mb` at `path` (needs root)."""
 
     enabled: bool = False
     path: str | None = None

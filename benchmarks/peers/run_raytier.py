@@ -45,6 +45,7 @@ class Raytier:
             "kv_bytes": share.kv_bytes,
             "streamed_bytes": plan.streamed_bytes,
             "threads": self._llm.status().device.threads,
+            "predicted_s": {p.batch: p.seconds for p in plan.predictions},
             "warnings": list(plan.warnings),
         }
 
@@ -98,9 +99,9 @@ class Raytier:
         return asdict(Decoded(batch, times[warm_up:], marks[0] - began, first))
 
     def counters(self) -> dict[str, Any]:
-        """Sums over all steps so far: steps, bytes streamed and read."""
+        """Sums over all steps so far: steps, bytes streamed and read, seconds inside the device."""
         stats = self._llm.stats()
-        return {"steps": stats.steps, **{k: v for k, v in asdict(stats.total).items() if isinstance(v, int)}}
+        return {"steps": stats.steps, **{k: v for k, v in asdict(stats.total).items() if isinstance(v, int | float)}}
 
     def close(self) -> None:
         self._llm.close()

@@ -24,7 +24,7 @@ ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 #: What a side's daemons have put off while it was stopped is done before it is asked.
-SETTLE_S = 0.5
+SETTLE_S = 0.25
 
 
 class SideError(Exception):

@@ -124,15 +124,18 @@ class DeviceActor:
         from raytier.execution.rates import node_rates
 
         kind = self._device.partition(":")[0]
-        return node_rates(
-            path,
-            dtype=dtype,
-            threads=self._threads,
-            cache_dir=cache_dir,
-            kind=kind,
-            nvme_paths=nvme_paths,
-            ramdisk=ramdisk,
-        )
+        try:
+            return node_rates(
+                path,
+                dtype=dtype,
+                threads=self._threads,
+                cache_dir=cache_dir,
+                kind=kind,
+                nvme_paths=nvme_paths,
+                ramdisk=ramdisk,
+            )
+        finally:
+            _trim()
 
     def load(
         self,
@@ -230,11 +233,10 @@ class DeviceActor:
 
     def _give_back(self) -> None:
         """Let the system have what a model held; allocators would keep part of it."""
-        gc.collect()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
-        ctypes.CDLL(None).malloc_trim(0)
+        _trim()
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step of the loaded model."""
@@ -275,6 +277,12 @@ class DeviceActor:
             bytes_loaded=loaded,
             bytes_to_load=to_load,
         )
+
+
+def _trim() -> None:
+    """Let the system have what is not used any more."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def remote_device_actor() -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,11 +70,11 @@ def bench(
 ) -> None:
     """Load a model on this machine, decode with it, and show what was predicted beside what was measured."""
     errors = Console(stderr=True, highlight=False)
-    logging.getLogger("raytier").setLevel(logging.ERROR)  # what the plan warns of is shown below
     try:
         batches = _batches(batch)
         settings = _settings(model_config(model, config, device_mb, host_mb), batches, context)
-        result = run_bench(errors, settings, batches, context, seconds)
+        with _quiet():
+            result = run_bench(errors, settings, batches, context, seconds)
     except RaytierError as error:
         errors.print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -80,6 +82,18 @@ def bench(
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
         render_bench(Console(highlight=False), result)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without log lines: what the plan warns of is shown with the result."""
+    logger = logging.getLogger("raytier")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def run_bench(

@@ -123,15 +123,12 @@ def _measure(key: RateKey, cache_dir: str, progress: Progress) -> Rates:
             to_device, to_host = measure_bus(key.kind)
             rates = replace(rates, host_to_device_bytes_per_s=to_device, device_to_host_bytes_per_s=to_host)
         progress("attention and the calls of a step", 0.8)
-        # Small parallel operations on a core that is also used by others take a hundred times as long: one thread is
-        # nearer to the truth then.
-        threads = 1 if load.other_cores >= BUSY_CORES else key.threads
         steps = measure_steps(
             key.dtype,
-            threads,
-            matrix_rate=rates.matrix_rate(1),
-            packed_rate=None if rates.packed_matrix_bytes_per_s is None else rates.matrix_rate(1, packed=True),
+            key.threads,
+            rates,
             device=key.kind,
+            disturbed=load.other_cores >= BUSY_CORES,
         )
     progress("done", 1.0)
     return replace(rates, **asdict(steps), other_cores=round(load.other_cores, 3))

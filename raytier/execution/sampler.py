@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raytier.engine.step import SampleSpec
@@ -32,45 +33,67 @@ def uniform(spec: SampleSpec) -> float:
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
     """One token id per row of `logits` `[n, vocab]`.
 
-    Greedy where the temperature is 0, else temperature, then top-k, then top-p (the smallest set whose
-    probability reaches top_p, at least one token), then the inverse of the cumulative distribution.
+    Greedy where the temperature is 0 (the lowest id of equal ones), else temperature, then top-k, then top-p (the
+    smallest set whose probability reaches top_p, at least one token), then the inverse of the cumulative distribution.
     """
+    tokens = [0] * len(specs)
     logits = logits.float()
-    tokens = torch.argmax(logits, dim=-1).tolist()
-    for row, spec in enumerate(specs):
-        if spec.temperature > 0:
-            tokens[row] = _draw(logits[row], spec)
-    return [int(token) for token in tokens]
+    for greedy in (True, False):
+        rows = [row for row, spec in enumerate(specs) if (spec.temperature <= 0) is greedy]
+        if rows:
+            part = logits if len(rows) == len(specs) else logits[rows]
+            # max is three times as fast as argmax on a CPU, and gives the same answer.
+            chosen = part.max(dim=-1).indices.tolist() if greedy else _draw(part, [specs[row] for row in rows])
+            for row, token in zip(rows, chosen, strict=True):
+                tokens[row] = token
+    return tokens
 
 
-def _draw(logits: Tensor, spec: SampleSpec, look_at: int = _LIKELY) -> int:
-    """The draw of `spec`, from the `look_at` most likely tokens if it is certain to fall to one of them."""
-    vocab = logits.shape[0]
-    limited = 0 < spec.top_k < vocab
-    count = spec.top_k if limited else min(look_at, vocab)
-    values, ids = _most_likely(logits, count)
-    total = torch.logsumexp((values if limited else logits).double() / spec.temperature, dim=-1)
-    cumulative = torch.cumsum(torch.exp(values.double() / spec.temperature - total), dim=-1)
-    drawn = uniform(spec)
+def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> list[int]:
+    """The draws of `specs` from rows of `logits`; what a row yields does not depend on the others."""
+    vocab = logits.shape[1]
+    looks = [spec.top_k if 0 < spec.top_k < vocab else min(_LIKELY, vocab) for spec in specs]
+    # One more than a row looks at, so that it knows whether its last one is tied with the next.
+    values, ids = torch.topk(logits, min(max(looks) + 1, vocab))
+    ids, by_id = torch.sort(ids, dim=-1)
+    values, by_value = torch.sort(values.gather(-1, by_id), dim=-1, descending=True, stable=True)
+    likeliest, names = values.cpu().numpy(), ids.gather(-1, by_value).cpu().numpy()
+    return [
+        _draw_row(logits[row], spec, look, likeliest[row, : look + 1], names[row])
+        for row, (spec, look) in enumerate(zip(specs, looks, strict=True))
+    ]
+
+
+def _draw_row(
+    logits: Tensor, spec: SampleSpec, look: int, values: NDArray[np.float32], ids: NDArray[np.int64] | None
+) -> int:
+    """The draw of `spec` from one row of logits.
+
+    Args:
+        look: the number of likeliest tokens to draw from; more are taken where these do not decide it.
+        values: their logits, largest first, and of one more where there is one.
+        ids: their ids, lower ones first among equals; None to look an id up when it is known which.
+    """
+    top = float(values[0])
+    if not np.isfinite(top):  # certain, or nothing that can be compared
+        return int(logits.argmax())
+    whole = look == logits.shape[0] or spec.top_k == look  # nothing else can be drawn
+    cumulative = np.cumsum(np.exp((values[:look].astype(np.float64) - top) / spec.temperature))
+    mass = float(cumulative[-1])
+    if not whole:
+        mass = float(torch.exp((logits - top) / spec.temperature).sum(dtype=torch.float64))
+    last = look - 1
     if spec.top_p < 1:
         # The token that crosses top_p belongs to the set.
-        last = min(int(torch.searchsorted(cumulative, spec.top_p).item()), count - 1)
-        mass = float(cumulative[last])
-        certain = mass >= spec.top_p
-    else:
-        last, mass = count - 1, 1.0
-        certain = drawn < float(cumulative[last])
-    if count < vocab and not limited and not certain:
-        return _draw(logits, spec, vocab)
-    index = int(torch.searchsorted(cumulative, drawn * mass, right=True).item())
-    return int(ids[min(index, last)])
-
-
-def _most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest values and their ids, largest first, in a stable order: ties fall to the lower id."""
-    if count == logits.shape[0]:
-        values, ids = torch.sort(logits, descending=True, stable=True)
-        return values, ids
-    ids = (~(logits < torch.topk(logits, count).values[-1])).nonzero()[:, 0]  # "not less": NaN is no error here
-    values, order = torch.sort(logits[ids], descending=True, stable=True)
-    return values[:count], ids[order[:count]]
+        last = int(np.searchsorted(cumulative, spec.top_p * mass))
+        mass = float(cumulative[min(last, look - 1)])
+    index = int(np.searchsorted(cumulative, uniform(spec) * mass, side="right"))
+    if max(last, index) >= look and not whole:
+        everything = np.sort(logits.cpu().numpy())[::-1]
+        return _draw_row(logits, spec, len(everything), everything, None)
+    index = min(index, last, look - 1)
+    if ids is not None and values[index] != values[-1]:
+        return int(ids[index])
+    # Which of equal ones topk takes is its own affair. Here it is the lower ids.
+    rank = index - int(np.count_nonzero(values > values[index]))
+    return int((logits == float(values[index])).nonzero()[rank, 0])

@@ -73,6 +73,9 @@ class Rates:
         layer_seconds: what a decoder layer costs beside its weights and KV: dispatch, norms, rotary embedding.
         step_seconds: what a step costs beside its layers: inputs, embedding, the final norm.
         layer_sequence_seconds, step_sequence_seconds: what every further sequence adds to each.
+        prompt_bytes_per_s: activations of prompt tokens (`planner.sizing.token_bytes`) that a layer goes through beside
+            its linear layers and attention; None: not counted.
+        prompt_flops: arithmetic operations per second of attention between the tokens of prompts; None: not counted.
         matrix_seconds, packed_matrix_seconds: what a linear layer costs beside its bytes: waking all threads.
         overlap, ramdisk_overlap: reading beside computing, on disk and on the ramdisk.
         other_cores: cores that other work used on average while this was measured.
@@ -95,6 +98,8 @@ class Rates:
     layer_sequence_seconds: Seconds = 0.0
     step_seconds: Seconds = 0.0
     step_sequence_seconds: Seconds = 0.0
+    prompt_bytes_per_s: Rate | None = None
+    prompt_flops: Rate | None = None
     matrix_seconds: Seconds = 0.0
     packed_matrix_seconds: Seconds = 0.0
     overlap: Overlap = Overlap()
@@ -157,6 +162,8 @@ DEFAULT_RATES = Rates(
     layer_sequence_seconds=2e-5,
     step_seconds=1e-3,
     step_sequence_seconds=2e-5,
+    prompt_bytes_per_s=1e9,
+    prompt_flops=1e11,
     # tmpfs is copied by the CPU: what reads does not compute.
     ramdisk_overlap=Overlap(0.5, 0.5),
 )
@@ -173,6 +180,8 @@ DEFAULT_CUDA_RATES = Rates(
     layer_sequence_seconds=2e-5,
     step_seconds=1e-3,
     step_sequence_seconds=2e-5,
+    prompt_bytes_per_s=100e9,
+    prompt_flops=1e13,
 )
 
 

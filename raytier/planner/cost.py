@@ -10,7 +10,7 @@ from raytier.checkpoint.manifest import ModelManifest
 from raytier.hardware.rates import Overlap, Rates
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.plan import Prediction, Tier, WeightPlan
-from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, packable, resident_nbytes
+from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, packable, resident_nbytes, token_bytes
 
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 128
@@ -53,6 +53,7 @@ class Sweep:
     """One pass over the model as the cost model sees it.
 
     Attributes:
+        token_bytes: of activations of a token in a layer; `hidden`: its width.
         row_bytes: bytes that are read for each embedded token, 0 where the embedding is in memory.
         row_tier: the tier that they are read from.
     """
@@ -60,6 +61,8 @@ class Sweep:
     kind: DeviceKind
     units: tuple[SweepUnit, ...]
     ring_bytes: int
+    token_bytes: int
+    hidden: int
     row_bytes: int = 0
     row_tier: Tier = Tier.NVME
 
@@ -71,11 +74,22 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What one step carries: `rows` tokens in all, and `sequences` that a token is drawn for after `context` tokens."""
+    """What one step carries: a token of each of `sequences`, which have `context` tokens behind them, and `prompt` more
+    tokens of one prompt, of which `start` have been read before."""
 
-    rows: int
     sequences: int
     context: int
+    prompt: int = 0
+    start: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.sequences + self.prompt
+
+    @property
+    def sampled(self) -> int:
+        """Rows that go through the output head."""
+        return max(1, self.sequences)
 
 
 def describe_sweep(
@@ -137,7 +151,15 @@ def describe_sweep(
     row_tier = tier_of[embedding.name]
     row = embedding.nbytes // embedding.shape[0] + ALIGNMENT_SLACK
     by_rows = row_tier in (Tier.RAMDISK, Tier.NVME)
-    return Sweep(kind, tuple(units), ring.nbytes, row if by_rows else 0, row_tier if by_rows else Tier.NVME)
+    return Sweep(
+        kind,
+        tuple(units),
+        ring.nbytes,
+        token_bytes(manifest),
+        manifest.hidden_size,
+        row if by_rows else 0,
+        row_tier if by_rows else Tier.NVME,
+    )
 
 
 def sweep_of(manifest: ModelManifest, plan: WeightPlan) -> Sweep:
@@ -152,7 +174,7 @@ def sweep_of(manifest: ModelManifest, plan: WeightPlan) -> Sweep:
 
 def predict_step(sweep: Sweep, rates: Rates, batch: int, context: int) -> Prediction:
     """One decode step of `batch` sequences, each with `context` tokens behind it, in a steady run of such steps."""
-    return predict(sweep, rates, StepLoad(batch, batch, context))
+    return predict(sweep, rates, StepLoad(batch, context))
 
 
 def predict_first_token(
@@ -161,7 +183,8 @@ def predict_first_token(
     """Seconds until the first token of a prompt, read in steps of at most `step_tokens`, when nothing else runs."""
     chunk = min(prompt_tokens, step_tokens or prompt_tokens)
     starts = range(0, prompt_tokens, chunk)
-    return sum(predict(sweep, rates, StepLoad(min(chunk, prompt_tokens - start), 1, start)).seconds for start in starts)
+    loads = [StepLoad(0, 0, min(chunk, prompt_tokens - start), start) for start in starts]
+    return sum(predict(sweep, rates, load).seconds for load in loads)
 
 
 def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
@@ -172,7 +195,7 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     # Files share the reading threads; the bus works on another unit at the same time: the slower one sets the pace.
     io = [max(d + r, u.bus_bytes / bus_rate) for u, d, r in zip(sweep.units, disk, ramdisk, strict=True)]
     matrix = [_matrix_seconds(u, rates, load) for u in sweep.units]
-    attention = [_attention_seconds(u, rates, load) for u in sweep.units]
+    attention = [_attention_seconds(u, rates, load) + _prompt_seconds(u, sweep, rates, load) for u in sweep.units]
     calls = [_call_seconds(u, rates, load) for u in sweep.units]
     # A GPU computes while the calls for the next operations are made.
     work = [
@@ -182,7 +205,7 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     row_rate = rates.disk_read_bytes_per_s if sweep.row_tier is Tier.NVME else _ramdisk_rate(rates)
     lookup = load.rows * sweep.row_bytes / row_rate
     around = CALL_SECONDS + rates.step_seconds + lookup
-    around += load.sequences * (CALL_SEQUENCE_SECONDS + rates.step_sequence_seconds)
+    around += load.sampled * (CALL_SEQUENCE_SECONDS + rates.step_sequence_seconds)
 
     overlap = _mean_overlap(rates, sum(disk), sum(ramdisk)) if sweep.kind == "cpu" else Overlap()
     io_slowed, work_slowed = contend(io, [around, *work], overlap)
@@ -203,7 +226,7 @@ def _ramdisk_rate(rates: Rates) -> float:
 
 
 def _matrix_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
-    rows = load.sequences if unit.head_rows else load.rows
+    rows = load.sampled if unit.head_rows else load.rows
     return unit.packed_bytes / rates.matrix_rate(rows, packed=True) + unit.plain_bytes / rates.matrix_rate(rows)
 
 
@@ -214,12 +237,24 @@ def _attention_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
     return load.sequences * tokens * unit.kv_bytes / rates.attention_bytes_per_s
 
 
+def _prompt_seconds(unit: SweepUnit, sweep: Sweep, rates: Rates, load: StepLoad) -> float:
+    """Attention of prompt tokens, each to all before it, and the activations that they pass through a layer."""
+    if unit.head_rows or not load.prompt:
+        return 0.0
+    seen = load.start + load.prompt / 2
+    flops = 4 * load.prompt * (min(seen, unit.kv_window) if unit.kv_window else seen) * sweep.hidden
+    passing = load.prompt * sweep.token_bytes
+    return (flops / rates.prompt_flops if rates.prompt_flops else 0.0) + (
+        passing / rates.prompt_bytes_per_s if rates.prompt_bytes_per_s else 0.0
+    )
+
+
 def _call_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
     matrices = unit.packed_matrices * rates.packed_matrix_seconds + unit.plain_matrices * rates.matrix_seconds
     if unit.head_rows:
-        logits = load.sequences * unit.head_rows
+        logits = load.sampled * unit.head_rows
         return matrices + (logits / rates.logits_per_s if rates.logits_per_s is not None else 0.0)
-    return matrices + rates.layer_seconds + (load.sequences - 1) * rates.layer_sequence_seconds
+    return matrices + rates.layer_seconds + (load.sampled - 1) * rates.layer_sequence_seconds
 
 
 def _mean_overlap(rates: Rates, disk_seconds: float, ramdisk_seconds: float) -> Overlap:

@@ -16,8 +16,6 @@ ALIGNMENT_SLACK = 8192
 GAP_FRACTION = 0.01
 #: ... and this many bytes per gap.
 GAP_BYTES = 64 * 1024
-#: Units below this size are read too fast for three of them to hide a slow request.
-SMALL_UNIT = 16 * MIB
 #: Chunk of a streamed output head: large enough for full disk speed, small enough not to set the ring's size.
 HEAD_CHUNK = (4 * MIB, 64 * MIB)
 HEAD_CHUNK_ALONE = 16 * MIB
@@ -47,22 +45,29 @@ def packable(parameter: Parameter, manifest: ModelManifest, tier: Tier) -> bool:
     return tier is Tier.DEVICE and len(parameter.shape) == 2 and parameter.name != manifest.embedding
 
 
-def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:
-    """Peak bytes of activations in one step of `tokens` tokens and `sequences` sampled rows.
+def token_bytes(manifest: ModelManifest) -> int:
+    """Bytes of activations of one token in one layer.
 
-    Per token, in the compute dtype: residual, normed input, attention output and its projection (4 x hidden), queries,
-    keys and values (at most 3 x the widest key/value width or hidden), gate, up and their product (3 x the widest
-    matrix of a layer). Per sampled row: logits in the compute dtype, in fp32, and one working copy of the sampler
-    (counted as 3 x vocabulary x 4). At least 1 MiB.
+    In the compute dtype: residual, normed input, attention output and its projection (4 x hidden), queries, keys and
+    values (at most 3 x the widest key/value width or hidden), gate, up and their product (3 x the widest matrix of a
+    layer).
     """
-    tokens = min(tokens, sequences * manifest.max_context)
     width = max(
         (max(p.shape[-2:]) for p in manifest.parameters if p.role is Role.LAYER and len(p.shape) > 1), default=0
     )
     qkv = max(max(k.num_kv_heads * max(k.key_dim, k.value_dim), manifest.hidden_size) for k in manifest.kv_layers)
-    per_token = (4 * manifest.hidden_size + 3 * qkv + 3 * width) * DTYPE_BYTES[manifest.compute_dtype]
+    return (4 * manifest.hidden_size + 3 * qkv + 3 * width) * DTYPE_BYTES[manifest.compute_dtype]
+
+
+def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:
+    """Peak bytes of activations in one step of `tokens` tokens and `sequences` sampled rows.
+
+    Per token what one layer has of it. Per sampled row: logits in the compute dtype, in fp32, and one working copy of
+    the sampler (counted as 3 x vocabulary x 4). At least 1 MiB.
+    """
+    tokens = min(tokens, sequences * manifest.max_context)
     logits = min(sequences, tokens) * manifest.vocab_size * 3 * 4
-    return max(MIB, tokens * per_token + logits)
+    return max(MIB, tokens * token_bytes(manifest) + logits)
 
 
 @dataclass(frozen=True, slots=True)

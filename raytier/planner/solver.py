@@ -23,8 +23,9 @@ from raytier.planner.spread import spread
 MEASURED_DEPTH = 2
 #: More units ahead than this only cost memory.
 DEEPEST = 8
-#: Bytes of reads that are to be in flight at any time: the threads of the disk tier with a request each.
-IN_FLIGHT_BYTES = 32 * 2**20
+#: Bytes of reads that are to be in flight at any time: the threads of the disk tier with a request each, and the least
+#: with which no disk was seen to be slower.
+IN_FLIGHT_BYTES, LEAST_IN_FLIGHT_BYTES = 32 * 2**20, 16 * 2**20
 #: Predictions are not exact enough for smaller differences to decide.
 CLEARLY_FASTER = 0.99
 #: Tiers off the device, fastest first.
@@ -134,8 +135,8 @@ class Solver:
         """The solution with the lowest predicted step time; None when nothing fits.
 
         The first depth counts that fits and is not deeper than it is useful, and a shallower automatic one (at least
-        `MEASURED_DEPTH`) if what it keeps resident instead makes the step clearly faster. When all that is free to
-        place fits on the device, it stays there (spec C4).
+        `MEASURED_DEPTH`, and with enough reads in flight) if what it keeps resident instead makes the step clearly
+        faster. When all that is free to place fits on the device, it stays there (spec C4).
         """
         chosen: Solution | None = None
         for depth in tried:
@@ -146,7 +147,7 @@ class Solver:
                 continue
             if not solution.lowered:
                 return solution
-            if chosen is None and depth.automatic and self._too_deep(solution):
+            if depth.automatic and (self._too_deep if chosen is None else _too_shallow)(solution):
                 continue
             if chosen is None or self._step_seconds(solution) < CLEARLY_FASTER * self._step_seconds(chosen):
                 chosen = solution
@@ -249,6 +250,11 @@ class Solver:
         streamed = sum(unit.ring_bytes for unit in self._sweep(solution).units)
         off = sum(p.nbytes for p in self._manifest.parameters if solution.tiers[p.name] is not Tier.DEVICE)
         return streamed, off
+
+
+def _too_shallow(solution: Solution) -> bool:
+    ring = solution.ring
+    return ring.window * ring.unit_bytes < min(LEAST_IN_FLIGHT_BYTES, DEEPEST * ring.unit_bytes)
 
 
 def _nbytes(layers: Sequence[Sequence[Parameter]]) -> int:

@@ -29,13 +29,15 @@ def step_tokens(sweep: Sweep, rates: Rates, *, sequences: int, context: int, max
     Args:
         sequences: streams that run, each with `context` tokens behind it.
     """
-    decode = predict(sweep, rates, StepLoad(sequences, sequences, context))
+    decode = predict(sweep, rates, StepLoad(sequences, context))
     computing = decode.compute_seconds + decode.attention_seconds + decode.overhead_seconds
     limit = max(HIDDEN * decode.seconds, TARGET_SECONDS, DECODE_SHARE * computing)
     low, high = LEAST_TOKENS, MOST_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        if predict(sweep, rates, StepLoad(sequences + middle, sequences, context)).seconds <= limit:
+        # The end of a prompt of the expected length: its tokens attend to all before them, which takes longest.
+        load = StepLoad(sequences, context, middle, max(0, context - middle))
+        if predict(sweep, rates, load).seconds <= limit:
             low = middle
         else:
             high = middle - 1

@@ -19,7 +19,7 @@ from raytier.execution.step_rates import StepRates, measure_steps
 from raytier.hardware import disk_rates
 from raytier.hardware.rates import Overlap, Rates
 
-STEPS = StepRates(5e9, 1e9, 3e-4, 2e-5, 1e-3, 1e-5, 6e-5, 2e-5)
+STEPS = StepRates(5e9, 1e9, 3e-4, 2e-5, 1e-3, 1e-5, 1e9, 1e11, 6e-5, 2e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -158,17 +158,23 @@ def test_a_missing_file_is_an_error(tmp_path: Path, load: list[float]) -> None:
 
 def test_steps_of_the_real_code_path() -> None:
     threads = torch.get_num_threads()
-    found = measure_steps("bfloat16", 1, matrix_rate=1e10, packed_rate=2e10, seconds=0.3)
+    rates = Rates(1e9, ((1, 1e10), (512, 1e9)), packed_matrix_bytes_per_s=((1, 2e10),))
+    found = measure_steps("bfloat16", 1, rates, seconds=0.3)
     assert torch.get_num_threads() == threads
     assert 1e-6 <= found.layer_seconds < 0.1
     assert 1e-6 <= found.step_seconds < 0.5
     assert 0 <= found.layer_sequence_seconds < found.layer_seconds * 32
     assert 1e7 < found.attention_bytes_per_s < 1e13
     assert 1e6 < found.logits_per_s < 1e12
+    assert 1e6 < found.prompt_bytes_per_s < 1e12
+    assert 1e8 < found.prompt_flops < 1e15
     assert 0 <= found.matrix_seconds < 0.1
     assert 0 <= found.packed_matrix_seconds < 0.1
-    infinitely_slow = measure_steps("bfloat16", 1, matrix_rate=1.0, seconds=0.1)
-    assert infinitely_slow.matrix_seconds == infinitely_slow.packed_matrix_seconds == 0
+    crawling = Rates(1e9, ((1, 1.0),), packed_matrix_bytes_per_s=((1, 1.0),))
+    slow = measure_steps("bfloat16", 1, crawling, seconds=0.1)
+    assert slow.matrix_seconds == slow.packed_matrix_seconds == 0  # all of it is the bytes
+    assumed = measure_steps("bfloat16", 4, crawling, disturbed=True, seconds=0.1)
+    assert assumed.matrix_seconds > assumed.packed_matrix_seconds > 0
 
 
 def test_rates_are_of_the_calls_that_nothing_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,66 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     specs = [replace(SPEC, seed=i, position=3 * i, temperature=0.8, top_p=0.9, top_k=20) for i in range(6)]
     together = sample(logits, specs)
     assert together == [sample(logits[i : i + 1], specs[i : i + 1])[0] for i in range(6)]
+
+
+def by_definition(logits: torch.Tensor, spec: SampleSpec) -> tuple[int, float]:
+    """The draw from everything sorted, ties by the lower id; and how far it is from falling to a neighbour."""
+    values = logits.double().numpy()
+    order = np.lexsort((np.arange(len(values)), -values))
+    weights = np.exp((values[order] - values.max()) / spec.temperature)
+    if spec.top_k > 0:
+        weights = weights[: spec.top_k]
+    cumulative = np.cumsum(weights) / weights.sum()
+    near = np.abs(cumulative - spec.top_p).min() if spec.top_p < 1 else 1.0
+    if spec.top_p < 1:
+        cumulative = cumulative[: int(np.searchsorted(cumulative, spec.top_p)) + 1]
+    point = uniform(spec) * cumulative[-1]
+    near = min(near, np.abs(cumulative[:-1] - point).min() if len(cumulative) > 1 else 1.0)
+    return int(order[min(int(np.searchsorted(cumulative, point, "right")), len(cumulative) - 1)]), float(near)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 6.0])
+@pytest.mark.parametrize("vocab", [5, 256, 257, 3000])
+def test_draws_are_the_defined_ones(vocab: int, spread: float) -> None:
+    """Peaked and flat distributions with many ties, drawn in one batch of every kind of request."""
+    torch.manual_seed(vocab)
+    kinds = [
+        (0.7, 0.9, 0),
+        (1.0, 1.0, 0),
+        (1.5, 0.99, 0),
+        (0.8, 0.95, 50),
+        (1.0, 1.0, 700),
+        (1.0, 1.0, 1),
+        (2.0, 0.2, 0),
+    ]
+    specs = [replace(SPEC, temperature=t, top_p=p, top_k=k, position=i) for i in range(12) for t, p, k in kinds]
+    logits = (torch.randn(len(specs), vocab) * spread).bfloat16()
+    drawn = sample(logits, specs)
+    for row, spec, token in zip(logits, specs, drawn, strict=True):
+        expected, near = by_definition(row, spec)
+        # Masses are added up in another order: on the very border the neighbour is as right.
+        assert token == expected or near < 1e-6
+    assert drawn == [sample(logits[i : i + 1], specs[i : i + 1])[0] for i in range(len(specs))]
+
+
+def test_equal_logits_go_by_the_lower_id() -> None:
+    logits = torch.zeros(2, 1000)
+    logits[1, 400:600] = 3
+    greedy = [replace(SPEC, temperature=0)] * 2
+    assert sample(logits, greedy) == [0, 400]
+    limited = replace(SPEC, top_k=10)
+    assert set(draws(logits[1], limited, 300)) == set(range(400, 410))
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_logits_that_cannot_be_compared_draw_something(top_p: float) -> None:
+    logits = torch.randn(4, 2000)
+    logits[0, 7] = torch.nan
+    logits[1, 9] = torch.inf
+    logits[2] = -torch.inf
+    logits[3, 1:] = -torch.inf
+    tokens = sample(logits, [replace(SPEC, top_p=top_p)] * 4)
+    assert all(0 <= token < 2000 for token in tokens) and tokens[1] == 9 and tokens[3] == 0
 
 
 def test_uniform_is_counter_based() -> None:

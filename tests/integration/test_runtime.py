@@ -151,11 +151,12 @@ def pss(pids: dict[str, int]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def bare(serve_port: int, large_dir: Path, cache_dir: str) -> Iterator[Application]:
-    """An application that starts without a model; its weights would lie in three tiers."""
+    """An application that starts without a model; its weights will lie in three tiers."""
     args = {
         "models": [{"model_id": "large", "source_path": str(large_dir)}],
         "startup_model": None,
-        "tiers": {"device": {"max_mb": 260}, "host": {"max_mb": 64}},
+        "tiers": {"device": {"max_mb": 280}, "host": {"max_mb": 64}},
+        "placement": {"rules": [{"pattern": "gate_proj", "tier": "host"}, {"pattern": "up_proj", "tier": "nvme"}]},
         "kv": {"max_blocks": 17, "expected_sequences": 2, "expected_context": 128},
         "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 64},
         "compute": {"threads": 1},

@@ -52,14 +52,15 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def llm(ray_session: None, layered_dir: Path, cache_dir: str, directories: tuple[Path, Path]) -> Iterator[LLM]:
-    """30 MB of weights: a third fits on the device, a sixth into the host pool, a third onto the ramdisk."""
+    """30 MB of weights in 20 layers, some in every tier, whatever the machine's rates; no tier could hold them all."""
     tiers = {
-        "device": {"max_mb": 14},
-        "host": {"max_mb": 5},
+        "device": {"max_mb": 18},
+        "host": {"max_mb": 6},
         "ramdisk": {"enabled": True, "size_mb": 10},
         "nvme": {"paths": [str(path) for path in directories], "stripe_mb": 0.0625, "min_free_gb": 0, "io_threads": 2},
     }
-    rules = [{"pattern": "down_proj", "tier": "ramdisk"}, {"pattern": "o_proj", "tier": "host"}]
+    layers = {"device": "[0-4]", "host": "[5-7]", "ramdisk": "([89]|10|11)", "nvme": "1[2-9]"}
+    rules = [{"pattern": rf"re:layers\.{numbers}\.", "tier": tier} for tier, numbers in layers.items()]
     settings: dict[str, Any] = {
         "placement": {"rules": rules},
         "kv": {"max_blocks": 17, "expected_sequences": 2, "expected_context": 64},
@@ -156,7 +157,7 @@ def test_random_transfers_between_all_tiers_under_load(
     names = [p.name for p in llm.layers() if p.fixed is None]
     layer_of = {p.name: p.layer for p in manifest.parameters}
     check_accounts(llm, manifest, directories)
-    assert {p.tier for p in llm.layers()} == set(Tier), "loaded into all of them"
+    assert {llm.plan.tier_of[f"model.layers.{n}.mlp.up_proj.weight"] for n in (4, 7, 11, 19)} == set(Tier)
     seen: set[tuple[Tier, Tier]] = set()
     told: list[str] = []
     submitted = completed = moved = 0

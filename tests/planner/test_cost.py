@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from raytier.checkpoint.manifest import KVLayerSpec, ModelManifest
-from raytier.hardware.rates import Overlap
+from raytier.hardware.rates import Overlap, Rates
 from raytier.planner.cost import (
     CALL_SECONDS,
     CALL_SEQUENCE_SECONDS,
@@ -23,7 +23,7 @@ from raytier.planner.cost import (
 )
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Prediction, Tier
-from raytier.planner.sizing import ALIGNMENT_SLACK, Ring
+from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, token_bytes
 from tests.planner.models import CPU_NODE, FULL_RATES, GPU_RATES, RATES, configuration, llama
 
 RING = Ring(4, 3 * 2**20, 500)
@@ -203,7 +203,7 @@ def test_contention_lengthens_a_streamed_step_and_leaves_a_resident_one_alone() 
 def test_a_prompt_that_takes_several_steps_costs_several_sweeps() -> None:
     sweep = streamed(llama())
     whole = predict_first_token(sweep, RATES, 128)
-    assert whole == pytest.approx(predict(sweep, RATES, StepLoad(128, 1, 0)).seconds)
+    assert whole == pytest.approx(predict(sweep, RATES, StepLoad(0, 0, 128)).seconds)
     assert predict_first_token(sweep, RATES, 128, 32) == pytest.approx(4 * whole, rel=0.05)
     assert predict_first_token(sweep, RATES, 128, 512) == whole
     assert predict_first_token(resident(llama()), RATES) > predict_step(resident(llama()), RATES, 8, 1).seconds
@@ -218,3 +218,22 @@ def test_a_finished_plan_is_predicted_as_it_was_when_it_was_made() -> None:
             tuple(predict_step(sweep, FULL_RATES, p.batch, plan.context) for p in plan.predictions) == plan.predictions
         )
         assert sweep.streamed_bytes == plan.streamed_bytes
+
+
+def test_tokens_of_a_prompt_attend_to_all_before_them_and_pass_through_every_layer() -> None:
+    manifest = llama(layers=4)
+    sweep = resident(manifest)
+    rates = replace(RATES, prompt_flops=1e9, prompt_bytes_per_s=None)
+
+    def attention(prompt: int, start: int, by: Rates = rates, of: Sweep = sweep) -> float:
+        return predict(of, by, StepLoad(0, 0, prompt, start)).attention_seconds
+
+    assert attention(100, 0) == pytest.approx(4 * 4 * 100 * 50 * 256 / 1e9)
+    assert attention(100, 900) == pytest.approx(4 * 4 * 100 * 950 * 256 / 1e9)
+    # In pieces or at once, a prompt has as many pairs of tokens.
+    assert sum(attention(100, start) for start in range(0, 1000, 100)) == pytest.approx(attention(1000, 0))
+    windowed = replace(manifest, kv_layers=(KVLayerSpec(4, 32, 32, 100),) * 4)
+    assert attention(100, 900, of=resident(windowed)) == pytest.approx(4 * 4 * 100 * 100 * 256 / 1e9)
+    passing = replace(RATES, prompt_bytes_per_s=1e9)
+    assert attention(100, 900, passing) == pytest.approx(4 * 100 * token_bytes(manifest) / 1e9)
+    assert predict(sweep, passing, StepLoad(8, 100)).attention_seconds == 0  # decodes alone

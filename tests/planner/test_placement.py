@@ -12,9 +12,12 @@ from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import MIB
 from raytier.errors import BudgetError
 from raytier.hardware.inventory import GPU, Disk
+from raytier.hardware.rates import Rates
+from raytier.planner.cost import sweep_of
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.planner.sizing import kv_demand, resident_nbytes
+from raytier.planner.solver import DEEPEST, MEASURED_DEPTH, useful_depth
 from tests.planner.models import (
     CPU_NODE,
     FULL_RATES,
@@ -345,6 +348,35 @@ def test_a_model_that_just_fits_is_not_streamed_for_kv_that_does_not_fit_anyway(
 def test_block_cap() -> None:
     plan = plan_weights(MODEL, CPU_NODE, RATES, configuration(kv={"max_blocks": 10}))
     assert plan.devices[0].kv_blocks == 10
+
+
+def test_the_ring_is_as_deep_as_its_units_are_small() -> None:
+    """Enough is ahead for several reads in flight, and for what arrives while a layer is computed on."""
+
+    def ring(manifest: ModelManifest, rates: Rates = RATES) -> tuple[int, int]:
+        (device,) = plan_weights(
+            manifest, CPU_NODE, rates, configuration(device_mb=0.45 * manifest.nbytes / MIB)
+        ).devices
+        return device.window, device.ring_bytes
+
+    large = llama(layers=16, hidden=2048, intermediate=6144, vocab=1024)
+    window, nbytes = ring(large)
+    assert window == 2
+    assert nbytes > 100 * MIB
+    medium = llama(layers=40, hidden=1024, intermediate=2048, vocab=1024)
+    window, nbytes = ring(medium)
+    assert window >= 2
+    assert nbytes * window / (window + 1) >= 16 * MIB
+    small = llama(layers=60, hidden=512, intermediate=1024, vocab=1024)
+    window, nbytes = ring(small)
+    assert window > 4
+    # A disk that is as fast as the layers fills more while one of them is computed on.
+    sweep = sweep_of(large, plan_weights(large, CPU_NODE, RATES, configuration(device_mb=400)))
+    assert useful_depth(sweep, replace(RATES, disk_read_bytes_per_s=100e9), 50 * MIB) > (
+        useful_depth(sweep, RATES, 50 * MIB)
+    )
+    assert useful_depth(sweep, RATES, 2**40) == MEASURED_DEPTH
+    assert useful_depth(sweep, RATES, 4096) == DEEPEST
 
 
 def test_the_window_can_be_chosen() -> None:

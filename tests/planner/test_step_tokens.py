@@ -29,7 +29,8 @@ def chosen(tier: Tier, rates: Rates, *, sequences: int = 8, context: int = 512, 
 
 
 def seconds(tier: Tier, rates: Rates, prompt: int, sequences: int = 8) -> float:
-    return predict(sweep(tier), rates, StepLoad(sequences + prompt, sequences, 512)).seconds
+    """Of a step of `sequences` streams that reads the last `prompt` of 512 tokens."""
+    return predict(sweep(tier), rates, StepLoad(sequences, 512, prompt, max(0, 512 - prompt))).seconds
 
 
 def test_a_resident_model_stays_near_the_target() -> None:
