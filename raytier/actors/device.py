@@ -7,8 +7,6 @@ sampler of the models it runs. `step` has a thread of its own, so that a sweep o
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import resource
 import time
@@ -21,6 +19,7 @@ import ray
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import InvalidRequestError
+from raytier.execution.memory import give_back
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
 from raytier.planner.plan import Tier, WeightPlan
@@ -135,7 +134,7 @@ class DeviceActor:
                 ramdisk=ramdisk,
             )
         finally:
-            _trim()
+            give_back()
 
     def load(
         self,
@@ -236,7 +235,7 @@ class DeviceActor:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
-        _trim()
+        give_back()
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step of the loaded model."""
@@ -277,12 +276,6 @@ class DeviceActor:
             bytes_loaded=loaded,
             bytes_to_load=to_load,
         )
-
-
-def _trim() -> None:
-    """Let the system have what is not used any more."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def remote_device_actor() -> Any:

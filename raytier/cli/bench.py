@@ -108,7 +108,7 @@ def run_bench(
     from raytier.llm import LLM
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Loading", total=len(batches) + 2)
         sections = config.model_dump(exclude={"models", "startup_model"})
         with LLM(config.model.source_path, **sections) as llm:

@@ -45,7 +45,7 @@ def machine_rates(
 def progress_bar(console: Console) -> Iterator[Report]:
     """A bar that shows what is told to the function that it gives; nothing is shown until the first call."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Measuring this machine", total=1.0, visible=False)
 
         def report(what: str, done: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def test_on_this_machine(tmp_path: Path) -> None:
         for name in ("_PROBE_BYTES", "_REGION"):
             patch.setattr(disk_rates, name, 16 * 2**20)
         patch.setattr(rates, "_TOTAL_BYTES", 16 * 2**20)
+        patch.setattr(rates, "measure_steps", partial(rates.measure_steps, seconds=0.01))
         patch.setattr(rates, "LoadMeter", lambda: type("Idle", (), {"other_cores": 0.0})())
         first = run("doctor", "--config", str(config), "--dir", str(tmp_path), "--json")
         assert first.exit_code == 0, first.output

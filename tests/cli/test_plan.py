@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_this_machine_is_measured_and_remembered(model: str, tmp_path: Path, mon
     for name in ("_PROBE_BYTES", "_REGION"):
         monkeypatch.setattr(disk_rates, name, 16 * 2**20)
     monkeypatch.setattr(rates, "_TOTAL_BYTES", 16 * 2**20)
+    monkeypatch.setattr(rates, "measure_steps", partial(rates.measure_steps, seconds=0.01))
     file = tmp_path / "weights"
     file.write_bytes(bytes(10_000))
     manifest = replace(llama(), files=(SourceFile(str(file), 10_000),))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +52,12 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def ramdisk() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield directory
+
+
 def measured(file: str, cache: Path, **options: Any) -> Rates:
     return node_rates(file, dtype="bfloat16", threads=1, cache_dir=str(cache), **options)
 
@@ -81,10 +89,12 @@ def test_memory_copy() -> None:
     assert measure_copy(0.02) > 1e6
 
 
-def test_everything_is_measured_once_reported_and_cached(file: str, tmp_path: Path, load: list[float]) -> None:
+def test_everything_is_measured_once_reported_and_cached(
+    file: str, tmp_path: Path, load: list[float], ramdisk: str
+) -> None:
     cache, told = tmp_path / "cache", []
     threads = torch.get_num_threads()
-    first = measured(file, cache, ramdisk="/dev/shm", progress=lambda what, done: told.append((what, done)))
+    first = measured(file, cache, ramdisk=ramdisk, progress=lambda what, done: told.append((what, done)))
     assert first.source == "measured"
     assert first.layer_seconds == STEPS.layer_seconds
     assert first.host_to_device_bytes_per_s is None
@@ -96,14 +106,14 @@ def test_everything_is_measured_once_reported_and_cached(file: str, tmp_path: Pa
     assert (told[0], told[-1]) == (("writing to disk", 0.0), ("done", 1.0))
     assert torch.get_num_threads() == threads
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".raytier")]
-    assert not [name for name in os.listdir("/dev/shm") if name.startswith(".raytier")]
+    assert os.listdir(ramdisk) == []
 
     told.clear()
-    again = measured(file, cache, ramdisk="/dev/shm", progress=lambda what, done: told.append((what, done)))
+    again = measured(file, cache, ramdisk=ramdisk, progress=lambda what, done: told.append((what, done)))
     assert again == first
     assert told == []
     assert measured(file, cache).ramdisk_read_bytes_per_s is None  # another question
-    assert measured(file, cache, ramdisk="/dev/shm", refresh=True) != first
+    assert measured(file, cache, ramdisk=ramdisk, refresh=True) != first
 
 
 def test_directories_of_the_disk_tier_are_written_and_read(file: str, tmp_path: Path, load: list[float]) -> None:
