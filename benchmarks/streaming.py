@@ -10,7 +10,7 @@ one-token prompts at batch 1 and 32.
   gaps read along, embedding rows: all that is read counts. The larger of both batches.
 - T2.rate: streamed parameter bytes per second of wall time, seen by the client of the engine / the lower of
   * raw: the same file read with plain `preadv`, O_DIRECT, in 8 MiB requests by 1 to 16 threads into touched, aligned
-    buffers, nothing else running; the depth with the best median of the run counts;
+    memory as large as a ring, nothing else running; the depth with the best median of the run counts;
   * compute: the same bytes / the time of the same step with every weight resident.
   The smaller of both batches counts.
 - T3: tokens per second of the streamed model at batch 32 / at batch 1.
@@ -61,6 +61,8 @@ MIB = 2**20
 BATCHES = (1, 32)
 DEPTHS = (1, 2, 4, 8, 16)
 REQUEST = 8 * MIB
+#: Memory that raw reads go through: more than the caches hold, as a ring is (into one small buffer, reads are faster).
+REGION = 256 * MIB
 #: Steps before a window: the first may carry part of the batch, and finds the ring full.
 WARM_UP = 3
 CONTEXT = 128
@@ -95,9 +97,10 @@ def read_raw(path: Path, depth: int, seconds: float) -> float:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
         count = os.path.getsize(path) // REQUEST
-        buffers = [AlignedBuffer(REQUEST) for _ in range(depth)]
+        slots = REGION // REQUEST // depth
+        buffers = [AlignedBuffer(slots * REQUEST) for _ in range(depth)]
         for buffer in buffers:
-            buffer.view[:] = bytes(REQUEST)
+            buffer.view[:] = bytes(buffer.nbytes)
         numbers = itertools.count()
         ends: list[tuple[float, int]] = []
         began = time.perf_counter()
@@ -105,7 +108,9 @@ def read_raw(path: Path, depth: int, seconds: float) -> float:
         def run(buffer: AlignedBuffer) -> None:
             nbytes = 0
             while time.perf_counter() < began + seconds:
-                nbytes += os.preadv(fd, [buffer.view], next(numbers) % count * REQUEST)
+                number = next(numbers)
+                start = number // depth % slots * REQUEST
+                nbytes += os.preadv(fd, [buffer.view[start : start + REQUEST]], number % count * REQUEST)
             ends.append((time.perf_counter(), nbytes))
 
         threads = [threading.Thread(target=run, args=(buffer,)) for buffer in buffers]

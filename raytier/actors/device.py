@@ -7,6 +7,8 @@ sampler of the models it runs. `step` has a thread of its own, so that a sweep o
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import time
@@ -19,7 +21,6 @@ import ray
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import InvalidRequestError
-from raytier.execution.memory import give_back
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
 from raytier.planner.plan import Tier, WeightPlan
@@ -134,7 +135,7 @@ class DeviceActor:
                 ramdisk=ramdisk,
             )
         finally:
-            give_back()
+            _trim()
 
     def load(
         self,
@@ -235,7 +236,7 @@ class DeviceActor:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
-        give_back()
+        _trim()
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step of the loaded model."""
@@ -276,6 +277,12 @@ class DeviceActor:
             bytes_loaded=loaded,
             bytes_to_load=to_load,
         )
+
+
+def _trim() -> None:
+    """Let the system have what is not used any more."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def remote_device_actor() -> Any:

@@ -40,6 +40,9 @@ _NAME_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 120.0
 #: Removing the copies of a tier.
 _CLOSE_TIMEOUT_S = 10.0
+#: Of the process that computes. Memory that its threads have freed can be given back only where they share one pool of
+#: it: of the pools that glibc makes for threads it keeps up to 64 MB each.
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 _STATUS_METHODS = {"device": "status", "host": "status", "disk": "status", "ramdisk": "status", "kv": "stats"}
 
 
@@ -234,6 +237,7 @@ class ActorGroup:
             "num_gpus": bundle.get("GPU", 0),
             "memory": bundle.get("memory"),
             "max_restarts": 0,
+            "runtime_env": {"env_vars": _ENVIRONMENT} if role == "device" else None,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
                 self._placement_group, placement_group_bundle_index=self._resources.roles.index(place)
             ),

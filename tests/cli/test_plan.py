@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +129,15 @@ def test_config_and_options_together(model: str, cpu_machine: str, tmp_path: Pat
 def test_this_machine_is_measured_and_remembered(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from raytier.checkpoint.manifest import SourceFile
     from raytier.execution import rates
+    from raytier.execution.step_rates import StepRates
     from raytier.hardware import disk_rates
 
     for name in ("_PROBE_BYTES", "_REGION"):
         monkeypatch.setattr(disk_rates, name, 16 * 2**20)
     monkeypatch.setattr(rates, "_TOTAL_BYTES", 16 * 2**20)
-    monkeypatch.setattr(rates, "measure_steps", partial(rates.measure_steps, seconds=0.01))
+    monkeypatch.setattr(rates, "_READ_SECONDS", 0.02)
+    steps = StepRates(5e9, 1e9, 3e-4, 2e-5, 1e-3, 1e-5, 1e9, 1e11, 6e-5, 2e-5)
+    monkeypatch.setattr(rates, "measure_steps", lambda *args, **kwargs: steps)
     file = tmp_path / "weights"
     file.write_bytes(bytes(10_000))
     manifest = replace(llama(), files=(SourceFile(str(file), 10_000),))
