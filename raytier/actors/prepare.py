@@ -39,11 +39,13 @@ def prepare(
     Raises:
         CheckpointError, UnsupportedModelError, BudgetError, ResourceNotAvailableError.
     """
+    directory = config.model.directory()
+    # Before torch is imported: this process ends soon, and what it takes until then is there for the actors.
+    inventory = take_inventory(planned_paths(config, directory))
     from raytier.checkpoint.describe import describe_model
 
-    description = describe_model(config.model.directory())
+    description = describe_model(directory)
     manifest = description.manifest
-    inventory = take_inventory(planned_paths(config, manifest.model_dir))
     kind = resolve_kind(inventory, config)
     largest = max(manifest.files, key=lambda file: file.size).path
     threads = config.compute.resolve_threads(inventory.cpus)

@@ -26,11 +26,11 @@ MONITOR_MARGIN = 0.02
 LEAST_HEADROOM = 0.05
 #: The compute process before it holds any weights: torch, transformers, Ray worker, thread stacks. Here and below, the
 #: proportional set sizes measured with the demo model, rounded up.
-COMPUTE_PROCESS_BYTES = 550 * MIB
+COMPUTE_PROCESS_BYTES = 400 * MIB
 #: The replica, and the actors that do not compute.
-SERVING_PROCESSES_BYTES = 400 * MIB
-#: Ray's daemons, Serve's controller and proxy.
-RAY_PROCESSES_BYTES = 600 * MIB
+SERVING_PROCESSES_BYTES = 300 * MIB
+#: `serve run` and its Ray: the daemons, the dashboard with its modules, Serve's controller and proxy.
+RAY_PROCESSES_BYTES = 900 * MIB
 #: What all of them still take once they have started: buffers of the kernels, of Ray and of the tokenizer.
 GROWTH_BYTES = 200 * MIB
 #: CUDA context, library handles and workspaces, which no allocator statistic shows.

@@ -214,7 +214,7 @@ async def test_a_load_that_fails_reaches_who_waits(idle: Served, idle_http: http
 
 async def test_unloading_with_requests_in_flight(app: FastAPI, http: httpx.AsyncClient, served: Served) -> None:
     """drain lets them end; cancel ends them with an error; neither takes new ones."""
-    for mode in ("drain", "cancel"):
+    for mode in ("drain", "cancel", "drain"):
         executor = served.executor
         executor.gate.clear()
         running = Exchange(app, "/v1/completions", {"prompt": "one two"})
