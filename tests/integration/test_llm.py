@@ -65,7 +65,8 @@ def test_a_quarter_on_the_device_and_the_rest_in_the_host_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Host memory is the device's own on a CPU node: used where it lies, in an arena that both map."""
-    tiers = {"device": {"max_mb": quarter(manifest)}, "host": {"max_mb": 64}}
+    # Without a disk tier, which the planner prefers to host memory where its reads hide behind compute.
+    tiers = {"device": {"max_mb": quarter(manifest)}, "host": {"max_mb": 64}, "nvme": {"enabled": False}}
     with closing(LLM(str(layered_dir), tiers=tiers, cache_dir=cache_dir, **SETTINGS)) as (llm, actors):
         calls: Counter[str] = Counter()
         submit = ActorMethod._remote
