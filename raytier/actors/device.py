@@ -95,7 +95,7 @@ class DeviceStatus:
 class DeviceActor:
     """Runs steps. At most one call per step: a step number that does not follow the last is refused."""
 
-    def __init__(self, name: str, kind: str, threads: int) -> None:
+    def __init__(self, name: str, kind: str, threads: int, cache_dir: str) -> None:
         # First touch of small pages is the dearest part of filling memory; torch reads this when it is imported.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         # All that computing needs, so that what the process takes without a model is known before it loads one.
@@ -104,7 +104,7 @@ class DeviceActor:
 
         self._name = name
         self._threads = threads
-        self._device = use_device(kind, threads)
+        self._device = use_device(kind, threads, cache_dir)
         self._runner: ModelRunner | None = None
         self._model_id: str | None = None
         self._arena: Arena | None = None

@@ -41,8 +41,9 @@ _START_TIMEOUT_S = 120.0
 #: Removing the copies of a tier.
 _CLOSE_TIMEOUT_S = 10.0
 #: Of the process that computes. Memory that its threads have freed can be given back only where they share one pool of
-#: it: of the pools that glibc makes for threads it keeps up to 64 MB each.
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+#: it: of the pools that glibc makes for threads it keeps up to 64 MB each. Threads that compute spin for some two
+#: milliseconds: enough from one operation to the next; libgomp's default of ten times that takes a core from reading.
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "GOMP_SPINCOUNT": "30000"}
 _STATUS_METHODS = {"device": "status", "host": "status", "disk": "status", "ramdisk": "status", "kv": "stats"}
 
 
@@ -200,7 +201,7 @@ class ActorGroup:
             paths = planned_paths(self._config, self._config.model.directory())
             budgets = node_budgets(take_inventory(paths), self._config, kind, started="ray")
             threads = self._config.compute.resolve_threads(len(os.sched_getaffinity(0)))
-            wanted["device"] = (remote_device_actor(), kind, threads)  # first: it takes longest
+            wanted["device"] = (remote_device_actor(), kind, threads, self._config.cache_dir)  # first: it takes longest
             wanted["host"] = (ray.remote(HostPoolActor), budgets.host_bytes)
             wanted["kv"] = (ray.remote(KVBlockActor),)
         if with_model or tiers.nvme.paths:

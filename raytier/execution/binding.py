@@ -52,6 +52,8 @@ class Bindings:
             for name, ((module, leaf), *others) in self._sites.items()
             if leaf == "weight" and not others and linears.can_pack(module, dtype)
         }
+        for module in model.modules():
+            linears.adopt(module)
 
     def bind(self, name: str, tensor: Tensor) -> None:
         """Compute with `tensor` from now on."""

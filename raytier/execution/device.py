@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 
 from raytier.errors import ResourceNotAvailableError
+from raytier.execution.linears import use_kernels
 
 
-def use_device(kind: str, threads: int) -> str:
+def use_device(kind: str, threads: int, cache_dir: str) -> str:
     """Prepare this process to compute with `kind` ("cpu" or "cuda") and `threads` CPU threads; torch's device name.
 
     Ray sets OMP_NUM_THREADS to 1 in an actor with a fractional CPU, so the number is always set here.
+
+    Args:
+        cache_dir: where compiled kernels are kept.
 
     Raises:
         ResourceNotAvailableError: torch sees no CUDA device.
     """
     torch.set_num_threads(threads)
     if kind == "cpu":
+        use_kernels(cache_dir)
         return "cpu"
     if not torch.cuda.is_available():
         raise ResourceNotAvailableError(

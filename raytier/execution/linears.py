@@ -1,14 +1,14 @@
-"""Linear layers on a CPU whose weights oneDNN has packed: the layout its kernels read, instead of rows.
+"""Linear layers on a CPU: for few rows by kernels of our own or on weights that oneDNN has packed, else as torch does.
+
+With few rows a linear layer takes as long as its weights take to come from memory. Where the processor computes in
+bf16, `apply` reads plain weights, wherever they lie, at about the memory's rate (`kernels/linear_bf16.c`). Elsewhere
+oneDNN's packed layout, which its kernels read instead of rows, is what helps.
 
 A packed weight is a cache of the plain one: new memory, as large as the plain weight (up to padding), usable on
-this machine in this process only, and never written to a file.
+this machine in this process only, and never written to a file. Measured with the matrices of a 1.1 B Llama, bytes of
+weights per second over those of `F.linear`:
 
-Measured with the matrices of a 1.1 B Llama, bytes of weights per second over those of `F.linear`:
-
-- bf16 with AMX, packed for few rows: 1.25x at 1 to 16 rows, 0.97x at 32, 1.1x at 64, 0.95x from 256 on; packed for
-  many rows: 1.1x at 1, 1.15x at 8 and 16, 1.06x at 32, 1.2x from 64 on. At 16 rows and below, the first is the memory's
-  own rate.
-- bf16 with AVX512 alone has one layout: 1.3x at 1 row, 1.4x at 8, 1.15x at 32, 1.07x at 64.
+- bf16 with AVX512 alone: 1.3x at 1 row, 1.4x at 8, 1.15x at 32, 1.07x at 64.
 - fp32: 2x at 4 and 8 rows, 1.7x at 16, 1.1 to 1.3x from 32 on, 0.95x at 1. fp16: up to 1.2x below 8 rows, else no gain.
 
 Huge pages (`THP_MEM_ALLOC_ENABLE=1` before torch is imported) take a tenth of the page faults and half of the
@@ -17,16 +17,101 @@ processor time off packing, and make the packed weights 1.05 to 1.2x as fast to 
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-#: Up to so many rows the layout for one row is the better one, above the one for many.
-_FEW_ROWS = 16
+from raytier.execution.native import Features, load_kernels
+
+#: Rows that the kernels of our own are made for: with dot products alone, and with tiles.
+_DOT_ROWS, _TILE_ROWS = 8, 64
+#: Up to so many rows dot products are faster than tiles.
+_DOT_BEST = 4
 #: A shape for the probe with more than one of a kernel's blocks in each direction, and a remainder.
 _PROBE_OUT, _PROBE_IN = 80, 48
+
+
+class _Kernels:
+    """`kernels/linear_bf16.c`, once `use_kernels` has found that it can be used."""
+
+    def __init__(self) -> None:
+        self.most_rows = 0
+        self._call: Any = None
+        self._tiles = False
+
+    def use(self, library: ctypes.CDLL, features: Features) -> None:
+        pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+        self._call = library.raytier_linear_bf16
+        self._call.argtypes = (pointer, pointer, pointer, pointer, pointer, size, size, size, number, number)
+        self._call.restype = None
+        self._tiles = Features.TILES_BF16 in features
+        self.most_rows = _TILE_ROWS if self._tiles else _DOT_ROWS
+
+    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """As `F.linear`, for `rows` rows in bf16, of a shape that `fit` lets pass."""
+        hidden = hidden.contiguous()
+        outputs, inputs = weight.shape
+        result = hidden.new_empty(*hidden.shape[:-1], outputs)
+        tiles = self._tiles and rows > _DOT_BEST
+        scratch = hidden.new_empty((16 if rows <= 16 else 32 if rows <= 32 else 64) * inputs) if tiles else hidden
+        self._call(
+            hidden.data_ptr(),
+            weight.data_ptr(),
+            bias.data_ptr() if bias is not None else None,
+            result.data_ptr(),
+            scratch.data_ptr(),
+            rows,
+            outputs,
+            inputs,
+            torch.get_num_threads(),
+            tiles,
+        )
+        return result
+
+
+_kernels = _Kernels()
+
+
+def use_kernels(cache_dir: str) -> bool:
+    """Let `apply` compute with kernels of our own, kept compiled in `cache_dir`; whether there are any here."""
+    if not _kernels.most_rows:
+        found = load_kernels(cache_dir)
+        if found is not None:
+            _kernels.use(*found)
+    return _kernels.most_rows > 0
+
+
+def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, whose result this is up to the order of summation: hidden `[..., in]`, weight `[out, in]`."""
+    if weight.dtype is torch.bfloat16 and _kernels.most_rows and hidden.dtype is torch.bfloat16:
+        outputs, inputs = weight.shape
+        rows = hidden.numel() // inputs
+        if (
+            0 < rows <= _kernels.most_rows
+            and inputs % 32 == outputs % 16 == 0
+            and hidden.device.type == weight.device.type == "cpu"
+            and weight.is_contiguous()
+        ):
+            return _kernels.linear(hidden, weight, bias, rows)
+    return linear(hidden, weight, bias)
+
+
+class Linear(nn.Linear):
+    """Computes by `apply`; a plain `nn.Linear` becomes one by `adopt`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        parameters = self._parameters
+        return apply(hidden, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+
+def adopt(module: nn.Module) -> None:
+    """Let `module` compute by `apply` if it is a linear layer of torch's: a subclass may compute something else."""
+    if type(module) is nn.Linear:
+        module.__class__ = Linear
 
 
 class _PackedForward:
@@ -52,7 +137,7 @@ def can_pack(module: nn.Module, dtype: torch.dtype) -> bool:
     True for a plain `nn.Linear` (a subclass may compute something else, and so may a replaced `forward`) whose
     weight is on the CPU or still on `meta`, where this machine's oneDNN computes such weights rightly.
     """
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
+    if type(module) not in (nn.Linear, Linear) or "forward" in module.__dict__:
         return False
     return module.weight.device.type in ("cpu", "meta") and _packs(dtype)
 
@@ -78,15 +163,9 @@ def _packs(dtype: torch.dtype) -> bool:
         return False
 
 
-def pack(weight: Tensor, rows: int | None = None) -> Tensor:
-    """`weight` `[out, in]`, dense on the CPU, in oneDNN's layout: an opaque tensor in new memory.
-
-    Args:
-        rows: how many rows of hidden states it will mostly be multiplied with; None = many. It decides between two
-            layouts of which each works with any number: the result is the same up to rounding.
-    """
-    few = rows is not None and rows <= _FEW_ROWS and weight.dtype is torch.bfloat16
-    return torch.ops.mkldnn._reorder_linear_weight.default(weight, 1 if few else None)  # type: ignore[no-any-return]
+def pack(weight: Tensor) -> Tensor:
+    """`weight` `[out, in]`, dense on the CPU, in oneDNN's layout: an opaque tensor in new memory."""
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight, None)  # type: ignore[no-any-return]
 
 
 def packed_nbytes(packed: Tensor) -> int:

@@ -14,6 +14,7 @@ from raytier.execution.binding import members
 from raytier.execution.layout import assemble, parameter_unit
 from raytier.execution.reader import Urgency
 from raytier.execution.sources import Sources
+from raytier.execution.threads import compute_with
 from raytier.tiers.aligned import AlignedBuffer
 
 #: Groups whose reads are under way: one arrives while the next one's requests wait behind it.
@@ -78,6 +79,7 @@ class ResidentLoader:
             raise self._error
 
     def _run(self) -> None:
+        compute_with(1)  # beside the steps
         begun: deque[tuple[Hashable, Finish]] = deque()
         try:
             for key, names in self._groups:

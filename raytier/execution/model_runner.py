@@ -18,6 +18,7 @@ from raytier.execution.parameters import ParameterStatus
 from raytier.execution.reader import ReadCount
 from raytier.execution.sampler import sample
 from raytier.execution.sources import Sources
+from raytier.execution.threads import compute_with, num_threads
 from raytier.execution.weights import Weights
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
 from raytier.planner.sizing import resident_nbytes
@@ -26,10 +27,14 @@ from raytier.tiers.copies import TierCopy
 
 
 class ModelRunner:
-    """A `StepExecutor` in this process. Not thread-safe: one step at a time."""
+    """A `StepExecutor` in this process. Not thread-safe: one step at a time, best always in the same thread.
+
+    Steps compute with as many CPU threads as the thread that made the runner.
+    """
 
     def __init__(self, manifest: ModelManifest, share: DevicePlan, device: torch.device, sources: Sources) -> None:
         self._device = device
+        self._threads = torch.get_num_threads()
         self._sources = sources
         self._gate = SweepGate()
         self._weights: Weights
@@ -115,6 +120,7 @@ class ModelRunner:
             TierError: reading failed; the next step starts a new sweep.
         """
         began = time.perf_counter()
+        compute_with(self._threads)
         weights = self._weights
         with self._gate.sweep():
             streamed, waited = (weights.bytes_streamed, weights.bytes_streamed_ramdisk), weights.io_wait_s
@@ -153,7 +159,8 @@ class ModelRunner:
         copies: Mapping[str, TierCopy],
     ) -> dict[str, Tier]:
         """Move parameters to another tier while steps run; see `Weights.move`."""
-        return self._weights.move(names, destination, host_views, copies)
+        with num_threads(1):  # beside the steps
+            return self._weights.move(names, destination, host_views, copies)
 
     def parameters(self) -> tuple[ParameterStatus, ...]:
         """Where every parameter is now. All of them are used once in a step."""

@@ -16,7 +16,8 @@ from torch import nn
 
 from raytier.execution import linears
 from raytier.execution.step_rates import measure_steps
-from raytier.execution.timing import calls_per_second, num_threads, typical_seconds, wait
+from raytier.execution.threads import num_threads
+from raytier.execution.timing import calls_per_second, typical_seconds, wait
 from raytier.hardware.disk_rates import DiskReaders, probe_files
 from raytier.hardware.inventory import nearest_existing
 from raytier.hardware.load import LoadMeter
@@ -24,7 +25,7 @@ from raytier.hardware.rates import BUSY_CORES, Overlap, Progress, RateKey, Rates
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 8, 64, 512)
+ROWS = (1, 8, 32, 64, 512)
 #: Weights of the measurement: shaped like those of a mid-sized layer, together larger than any last-level cache.
 _SHAPE = (2048, 4096)
 _TOTAL_BYTES = 256 * 2**20
@@ -97,6 +98,8 @@ def _measure(key: RateKey, cache_dir: str, progress: Progress) -> Rates:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(num_threads(key.threads))
+        if cpu:
+            linears.use_kernels(cache_dir)
         progress("writing to disk", 0.0)
         probes, write = stack.enter_context(probe_files([nearest_existing(place) for place in own or (cache_dir,)]))
         progress("linear layers", 0.1)
@@ -154,6 +157,7 @@ class LinearLayers:
         for module in self._modules:
             weight = torch.full(_SHAPE, 0.01, dtype=self._element, device=device)
             module.weight = nn.Parameter(weight, requires_grad=False)
+            linears.adopt(module)
         self._rotation = itertools.cycle(self._modules)
 
     @property

@@ -25,7 +25,8 @@ from raytier.execution import linears
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.kv_store import KVStore
 from raytier.execution.sampler import sample
-from raytier.execution.timing import num_threads, typical_seconds, wait
+from raytier.execution.threads import num_threads
+from raytier.execution.timing import typical_seconds, wait
 from raytier.hardware.rates import Rates
 
 _FEW, _MANY = 2, 8  # layers
@@ -77,6 +78,7 @@ class _Decoder:
         self._model = build_meta(config, dtype)
         self._model.set_attn_implementation(ATTENTION_NAME)
         for module in self._model.modules():
+            linears.adopt(module)
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
                     filled = torch.full(parameter.shape, 0.01, dtype=element, device=device)

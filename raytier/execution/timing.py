@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -48,14 +47,3 @@ def wait(device: str) -> None:
     """Return when the device has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def num_threads(threads: int) -> Iterator[None]:
-    """Compute with so many CPU threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from raytier.execution.linears import apply
 
 
 def attach_embedding(module: nn.Module, rows_of: Callable[[Tensor], Tensor | None]) -> None:
@@ -45,7 +46,7 @@ def project_in_chunks(head: nn.Module, hidden: Tensor, vocab: int, chunks: Itera
     out = hidden.new_empty(*hidden.shape[:-1], vocab)
     start = 0
     for chunk in chunks:
-        out[..., start : start + chunk.shape[0]] = linear(hidden, chunk)
+        out[..., start : start + chunk.shape[0]] = apply(hidden, chunk)
         start += chunk.shape[0]
     bias = head._parameters.get("bias")
     return out if bias is None else out + bias

@@ -32,7 +32,7 @@ Points = Annotated[tuple[tuple[Annotated[int, Field(ge=1)], Rate], ...], Field(m
 #: Called with what is measured next and the share of the measuring that is done (0..1).
 Progress = Callable[[str, float], None]
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 #: Cores that other work used while rates were measured, from which on they are not trusted.
 BUSY_CORES = 0.15
 #: Packed weights are used where they are faster by this much over all row counts.

@@ -1,0 +1,264 @@
+/* Linear layers in bf16 for few rows: out[m][n] = sum over k of x[m][k] * weight[n][k] (+ bias[n]), as torch's F.linear.
+ *
+ * With few rows such a product takes as long as its weights take to come from memory, so the kernels are made for that:
+ * weights are read once, in the layout that they have in a checkpoint, from wherever they lie, and fetched ahead.
+ *
+ * - By dot products: rows of the weight one after another with VDPBF16PS (AVX512_BF16), at most 8 rows of x.
+ * - By tiles: 16 rows of the weight by 32 columns with TDPBF16PS (AMX); the activations are the second operand,
+ *   brought into its layout first: tile (k, m) holds in row r the columns (2r, 2r + 1) of 16 rows m. At most 64 rows.
+ *
+ * Both accumulate in fp32 and round once. The threads are those of libgomp, which torch computes with too.
+ */
+#define _GNU_SOURCE
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef uint16_t bf16;
+
+#define DOT_AHEAD 512 /* columns that a row of the weight is fetched ahead: 1 KiB */
+#define TILES_AHEAD 4 /* tiles that are */
+
+/* What this processor and its system allow: bit 0 VDPBF16PS, bit 1 TDPBF16PS. */
+int raytier_linear_features(void)
+{
+    int found = 0;
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"))
+        found |= 1;
+    unsigned a = 7, b, c = 0, d;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    if (((d >> 22) & 1) && ((d >> 24) & 1) && (found & 1))
+        if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0)
+            found |= 2;
+    return found;
+}
+
+static inline __m512 widen(__m256i half)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+static inline bf16 narrow(float value)
+{
+    __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(value));
+    bf16 result;
+    memcpy(&result, &rounded, 2);
+    return result;
+}
+
+static inline float bias_of(const bf16 *bias, long n)
+{
+    uint32_t bits = bias ? (uint32_t)bias[n] << 16 : 0;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+/* M rows of x against R rows of the weight. */
+#define DOT(M, R)                                                                                                      \
+    static inline void dot_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *next, const bf16 *bias, bf16 *out,       \
+                                     long n, long N, long K)                                                           \
+    {                                                                                                                  \
+        __m512 sum[R][M];                                                                                              \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int m = 0; m < M; m++)                                                                                \
+                sum[r][m] = _mm512_setzero_ps();                                                                       \
+        for (long k = 0; k < K; k += 32) {                                                                             \
+            const bf16 *ahead = k + DOT_AHEAD < K ? w + k + DOT_AHEAD : next + k + DOT_AHEAD - K;                                  \
+            __m512bh row[R];                                                                                           \
+            for (int r = 0; r < R; r++) {                                                                              \
+                _mm_prefetch((const char *)(ahead + r * K), _MM_HINT_T0);                                              \
+                row[r] = load(w + r * K + k);                                                                          \
+            }                                                                                                          \
+            for (int m = 0; m < M; m++) {                                                                              \
+                __m512bh v = load(x + m * K + k);                                                                      \
+                for (int r = 0; r < R; r++)                                                                            \
+                    sum[r][m] = _mm512_dpbf16_ps(sum[r][m], row[r], v);                                                \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int m = 0; m < M; m++)                                                                                \
+                out[m * N + n + r] = narrow(_mm512_reduce_add_ps(sum[r][m]) + bias_of(bias, n + r));                    \
+    }                                                                                                                  \
+    static void dots_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long begin, long end,         \
+                               long N, long K)                                                                         \
+    {                                                                                                                  \
+        for (long n = begin; n < end; n += R) {                                                                        \
+            const bf16 *here = w + n * K;                                                                              \
+            dot_##M##_##R(x, here, n + R < end ? here + R * K : here, bias, out, n, N, K);                              \
+        }                                                                                                              \
+    }
+
+DOT(1, 4)
+DOT(2, 4)
+DOT(3, 4)
+DOT(4, 4)
+DOT(5, 2)
+DOT(6, 2)
+DOT(7, 2)
+DOT(8, 2)
+
+static void dots(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long begin, long end, long M, long N, long K)
+{
+    switch (M) {
+    case 1: dots_1_4(x, w, bias, out, begin, end, N, K); break;
+    case 2: dots_2_4(x, w, bias, out, begin, end, N, K); break;
+    case 3: dots_3_4(x, w, bias, out, begin, end, N, K); break;
+    case 4: dots_4_4(x, w, bias, out, begin, end, N, K); break;
+    case 5: dots_5_2(x, w, bias, out, begin, end, N, K); break;
+    case 6: dots_6_2(x, w, bias, out, begin, end, N, K); break;
+    case 7: dots_7_2(x, w, bias, out, begin, end, N, K); break;
+    case 8: dots_8_2(x, w, bias, out, begin, end, N, K); break;
+    }
+}
+
+/* ---- tiles ---- */
+
+static void configure(void)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t colsb[16];
+        uint8_t rows[16];
+    } config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int tile = 0; tile < 8; tile++) {
+        config.colsb[tile] = 64;
+        config.rows[tile] = 16;
+    }
+    _tile_loadconfig(&config);
+}
+
+/* The transpose of 16 x 16 numbers of 32 bits. */
+static inline void transpose(__m512i r[16])
+{
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
+/* Tiles (k, m) for k in [begin, end): 512 numbers each, m innermost. */
+static void arrange(const bf16 *x, bf16 *tiles, long begin, long end, long M, long MB, long K)
+{
+    for (long k = begin; k < end; k++)
+        for (long mb = 0; mb < MB; mb++) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = mb * 16 + i < M ? _mm512_loadu_si512(x + (mb * 16 + i) * K + k * 32) : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < 16; i++)
+                _mm512_store_si512(tiles + (k * MB + mb) * 512 + i * 32, r[i]);
+        }
+}
+
+/* A tile of sums [16 n][16 m], as it was stored, into out[m][n]. */
+static inline void finish(const float *sums, const bf16 *bias, bf16 *out, long n, long m, long M, long N)
+{
+    __m512i r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = _mm512_load_si512(sums + i * 16);
+    transpose(r);
+    __m512 add = bias ? widen(_mm256_loadu_si256((const __m256i *)(bias + n))) : _mm512_setzero_ps();
+    for (int i = 0; i < 16 && m + i < M; i++) {
+        __m256bh rounded = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), add));
+        _mm256_storeu_si256((__m256i *)(out + (m + i) * N + n), (__m256i)rounded);
+    }
+}
+
+/* MB tiles of activations (rows that are not there are zeros) against one of the weight at a time, whose next columns
+   are fetched a little ahead: further, or over more rows at once, was slower. */
+#define TILES(MB, STEP)                                                                                                \
+    static void tiles_##MB(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long begin, long end, long M,     \
+                           long N, long K)                                                                             \
+    {                                                                                                                  \
+        float sums[256] __attribute__((aligned(64)));                                                                  \
+        const long steps = K / 32;                                                                                     \
+        for (long n = begin; n < end; n += 16) {                                                                       \
+            const bf16 *here = w + n * K, *next = n + 16 < end ? here + 16 * K : here;                                  \
+            _tile_zero(0);                                                                                             \
+            _tile_zero(1);                                                                                             \
+            _tile_zero(2);                                                                                             \
+            _tile_zero(3);                                                                                             \
+            for (long k = 0; k < steps; k++) {                                                                         \
+                const bf16 *b = x + k * MB * 512;                                                                      \
+                const bf16 *ahead = (k + TILES_AHEAD < steps ? here : next - K) + (k + TILES_AHEAD) * 32;               \
+                for (int r = 0; r < 16; r++)                                                                           \
+                    _mm_prefetch((const char *)(ahead + r * K), _MM_HINT_T1);                                           \
+                _tile_loadd(4, here + k * 32, 2 * K);                                                                  \
+                STEP                                                                                                   \
+            }                                                                                                          \
+            _tile_stored(0, sums, 64);                                                                                 \
+            finish(sums, bias, out, n, 0, M, N);                                                                       \
+            if (MB > 1) {                                                                                              \
+                _tile_stored(1, sums, 64);                                                                             \
+                finish(sums, bias, out, n, 16, M, N);                                                                  \
+            }                                                                                                          \
+            if (MB > 2) {                                                                                              \
+                _tile_stored(2, sums, 64);                                                                             \
+                finish(sums, bias, out, n, 32, M, N);                                                                  \
+                _tile_stored(3, sums, 64);                                                                             \
+                finish(sums, bias, out, n, 48, M, N);                                                                  \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+#define MULTIPLY(i, tile)                                                                                              \
+    _tile_loadd(tile, b + (i) * 512, 64);                                                                              \
+    _tile_dpbf16ps(i, 4, tile);
+
+TILES(1, MULTIPLY(0, 5))
+TILES(2, MULTIPLY(0, 5) MULTIPLY(1, 6))
+TILES(4, MULTIPLY(0, 5) MULTIPLY(1, 6) MULTIPLY(2, 7) MULTIPLY(3, 5))
+
+/* out [M][N] = x [M][K] * weight [N][K]^T + bias [N]; N a multiple of 16, K of 32.
+ *
+ * scratch: for tiles, 64-byte aligned room for as many rows of x as 1, 2 or 4 tiles have.
+ */
+void raytier_linear_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *out, bf16 *scratch, long M, long N,
+                         long K, int threads, int tiles)
+{
+    const long MB = M <= 16 ? 1 : M <= 32 ? 2 : 4;
+#pragma omp parallel num_threads(threads)
+    {
+        const long count = omp_get_num_threads(), self = omp_get_thread_num();
+        const long blocks = N / 16, begin = blocks * self / count * 16, end = blocks * (self + 1) / count * 16;
+        if (!tiles) {
+            dots(x, weight, bias, out, begin, end, M, N, K);
+        } else {
+            const long steps = K / 32;
+            arrange(x, scratch, steps * self / count, steps * (self + 1) / count, M, MB, K);
+#pragma omp barrier
+            configure();
+            if (MB == 1)
+                tiles_1(scratch, weight, bias, out, begin, end, M, N, K);
+            else if (MB == 2)
+                tiles_2(scratch, weight, bias, out, begin, end, M, N, K);
+            else
+                tiles_4(scratch, weight, bias, out, begin, end, M, N, K);
+            _tile_release(); /* oneDNN has another configuration */
+        }
+    }
+}
