@@ -102,7 +102,7 @@ def measure(llm: LLM, prompt_tokens: int) -> Latency:
     gaps = [
         after - before for times in stamps for before, after in pairwise(times) if after >= began and before <= first[0]
     ]
-    return Latency(llm.plan.devices[0].max_num_batched_tokens, tuple(gaps), first[0] - began)
+    return Latency(llm.plan.devices[0].max_mixed_tokens, tuple(gaps), first[0] - began)
 
 
 def start(model: Path, budget_mb: float, step_tokens: int | str) -> LLM:

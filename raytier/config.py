@@ -166,8 +166,8 @@ class KVCache(_Section):
 
 
 class Scheduler(_Section):
-    """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: as many as keep running streams
-    going while a prompt is read, but no fewer than what the sweep's reading hides."""
+    """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: beside running streams as many of a
+    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs."""
 
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int | Auto = "auto"

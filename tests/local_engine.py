@@ -102,7 +102,13 @@ def local_engine(
         Tokenizer(description.tokenizer),
         pool,
         description.defaults,
-        EngineConfig(config.scheduler, share.max_num_batched_tokens, manifest.max_context, manifest.vocab_size),
+        EngineConfig(
+            config.scheduler,
+            share.max_num_batched_tokens,
+            share.max_mixed_tokens,
+            manifest.max_context,
+            manifest.vocab_size,
+        ),
     )
     try:
         yield LocalEngine(engine, runner, plan, manifest)

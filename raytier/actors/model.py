@@ -174,7 +174,12 @@ class LoadedModel:
             block_pool=pool,
             defaults=self.description.defaults,
             config=EngineConfig(
-                config.scheduler, share.max_num_batched_tokens, manifest.max_context, manifest.vocab_size, epoch
+                config.scheduler,
+                share.max_num_batched_tokens,
+                share.max_mixed_tokens,
+                manifest.max_context,
+                manifest.vocab_size,
+                epoch,
             ),
             on_step=StepReporter(self.model_id, actors.kv, actors.disk, actors.ramdisk),
         )

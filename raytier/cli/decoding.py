@@ -72,7 +72,7 @@ def measure_decode(llm: LLM, batch: int, *, context: int, seconds: float) -> Dec
     steps = min(_STEPS[1], max(_STEPS[0], math.ceil(seconds / predicted)), max(_STEPS[0], context // 2))
     prompt = max(1, context - steps // 2 - WARM_UP)
     # The first sequences decode while the last ones' prompts are read.
-    reading = math.ceil(batch * prompt / max(1, llm.plan.devices[0].max_num_batched_tokens - batch))
+    reading = math.ceil(batch * prompt / max(1, llm.plan.devices[0].max_mixed_tokens - batch))
     params = _greedy(steps + WARM_UP + reading + 1)
     started: set[int] = set()
     marks: list[tuple[float, int, StepStats]] = []

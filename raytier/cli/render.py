@@ -47,7 +47,8 @@ def render_plan(
     console.print(_prediction_table(plan))
     console.print(
         f"Each sequence with {plan.context} tokens of context; at most {device.max_num_batched_tokens} tokens per "
-        f"step; first token of a 128-token prompt after {duration(plan.first_token_seconds)}."
+        f"step, {device.max_mixed_tokens} beside running streams; "
+        f"first token of a 128-token prompt after {duration(plan.first_token_seconds)}."
     )
     for note in plan.notes:
         console.print(f"[cyan]i[/] {escape(note)}")

@@ -39,7 +39,7 @@ class EngineConfig:
 
     Attributes:
         scheduler: the application's `scheduler` section.
-        max_num_batched_tokens: tokens that a step carries at most, as planned.
+        max_num_batched_tokens, max_mixed_tokens: tokens that a step carries at most, as planned (`DevicePlan`).
         max_context: longest sequence in tokens, prompt included.
         vocab_size: of the model; prompts with other ids are refused before they reach the executor.
         epoch: which life of the engine this is; carried by every step and report.
@@ -47,6 +47,7 @@ class EngineConfig:
 
     scheduler: SchedulerConfig
     max_num_batched_tokens: int
+    max_mixed_tokens: int
     max_context: int
     vocab_size: int
     epoch: int = 0
@@ -88,7 +89,11 @@ class Engine:
         self.config = config
         section = config.scheduler
         limits = SchedulerLimits(
-            section.max_num_seqs, config.max_num_batched_tokens, section.max_queue, config.max_context
+            section.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_mixed_tokens,
+            section.max_queue,
+            config.max_context,
         )
         self._executor = executor
         self._pool = block_pool

@@ -19,11 +19,13 @@ from raytier.kv.ledger import LedgerDelta, SequenceDelta
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """max_num_seqs: sequences that run at once; max_num_batched_tokens: tokens of a step;
-    max_queue: sequences that may wait; max_context: longest sequence in tokens."""
+    """max_num_seqs: sequences that run at once; max_num_batched_tokens: tokens of a step; max_mixed_tokens: of a step
+    that carries decodes, which wait for its prompt tokens; max_queue: sequences that may wait; max_context: longest
+    sequence in tokens."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_mixed_tokens: int
     max_queue: int
     max_context: int
 
@@ -36,7 +38,8 @@ class Scheduler:
     and it is recomputed later, from the front of the queue.
 
     Invariants: `running` and then `waiting` are in order of arrival; no block is in two block tables; a step
-    carries at most max_num_batched_tokens tokens; at most max_num_seqs sequences run.
+    carries at most max_num_batched_tokens tokens, with a decode among them max_mixed_tokens; at most max_num_seqs
+    sequences run.
     Progress: the oldest running sequence can always preempt the others, and `add` refuses what does not
     fit alone, so it finishes; then the next one is the oldest.
     """
@@ -226,8 +229,9 @@ class Scheduler:
         One token of budget is set aside for every decode first, so that a long prompt delays nobody; the
         blocks are taken in order of arrival, so that a victim is never one that is already planned.
         """
-        budget = self._limits.max_num_batched_tokens
-        decodes = min(budget, sum(1 for s in self._running if s.remaining == 1))
+        decodes = sum(1 for s in self._running if s.remaining == 1)
+        budget = self._limits.max_mixed_tokens if decodes else self._limits.max_num_batched_tokens
+        decodes = min(budget, decodes)
         prefill = budget - decodes
         planned: list[tuple[Sequence, int]] = []
         preempted = False

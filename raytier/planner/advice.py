@@ -71,8 +71,8 @@ def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, b
         )
     if by_rates:
         notes.append(
-            f"a step carries at most {case.step_tokens} tokens, so that long prompts do not stop running streams "
-            "(scheduler.max_num_batched_tokens)"
+            f"a step carries at most {case.step_tokens} tokens, and {case.mixed_tokens} where running streams wait for "
+            "it (scheduler.max_num_batched_tokens)"
         )
     return tuple(notes)
 

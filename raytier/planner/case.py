@@ -22,6 +22,7 @@ class Case:
 
     Attributes:
         step_tokens: tokens that a step carries at most (`DevicePlan.max_num_batched_tokens`).
+        mixed_tokens: of a step with decodes among them (`DevicePlan.max_mixed_tokens`).
         activation_bytes: what such a step takes beside weights, KV and ring.
         resident: parameters that only the device can hold -> why.
     """
@@ -34,6 +35,7 @@ class Case:
     budgets: Budgets
     demand: KVDemand
     step_tokens: int
+    mixed_tokens: int
     activation_bytes: int
     resident: Mapping[str, str]
 

@@ -74,6 +74,7 @@ def plan_weights(
         budgets=node_budgets(inventory, config, kind, device_index=device_index, started=started),
         demand=kv_demand(manifest, config),
         step_tokens=first,
+        mixed_tokens=first,
         activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
     )
@@ -111,6 +112,7 @@ def plan_weights(
                 kv_bytes=fitted.blocks * case.demand.block_bytes,
                 activation_bytes=case.activation_bytes,
                 max_num_batched_tokens=case.step_tokens,
+                max_mixed_tokens=case.mixed_tokens,
                 packed=case.packed,
             ),
         ),
@@ -133,7 +135,7 @@ def _least_tokens(case: Case) -> int:
 
 def _with_tokens(case: Case, tokens: int) -> Case:
     nbytes = activation_bytes(case.manifest, tokens, case.config.scheduler.max_num_seqs)
-    return replace(case, step_tokens=tokens, activation_bytes=nbytes)
+    return replace(case, step_tokens=tokens, mixed_tokens=tokens, activation_bytes=nbytes)
 
 
 def _affordable(case: Case, tokens: int) -> int:
@@ -145,10 +147,11 @@ def _affordable(case: Case, tokens: int) -> int:
 
 
 def _fit_tokens(case: Case) -> _Fitted | None:
-    """Choose the tokens of a step too: what the rates say, within the memory for activations; None when nothing fits.
+    """Choose the tokens of a step too, within the memory for activations; None when nothing fits.
 
-    A plan with a first guess (`case.step_tokens`, or less) shows what is streamed, and that decides the number; then it
-    is planned with that.
+    A step without decodes delays nobody: it carries `case.step_tokens`, or fewer where memory is scarce. A plan with
+    that shows what is streamed, and so how many tokens a step with decodes may carry by the rates. Where these are
+    more, it is planned with as many.
     """
     while (fitted := _fit_rules(case)) is None:
         if case.step_tokens <= _least_tokens(case):
@@ -161,9 +164,11 @@ def _fit_tokens(case: Case) -> _Fitted | None:
         context=case.demand.context,
         max_num_seqs=case.config.scheduler.max_num_seqs,
     )
-    wanted = _affordable(case, wanted)
-    # More tokens need more memory: there may be too little for them.
-    return fitted if wanted == case.step_tokens else _fit_rules(_with_tokens(case, wanted)) or fitted
+    if wanted > case.step_tokens:
+        # More tokens need more memory: there may be too little for them.
+        fitted = _fit_rules(_with_tokens(case, _affordable(case, wanted))) or fitted
+    mixed = min(wanted, fitted.case.step_tokens)
+    return replace(fitted, case=replace(fitted.case, mixed_tokens=mixed))
 
 
 def _solver(case: Case, device_room: int) -> tuple[RuleResult, Solver]:

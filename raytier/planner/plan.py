@@ -43,6 +43,7 @@ class DevicePlan:
         head_chunk_rows: vocabulary rows per chunk of a streamed output head; 0 when it is resident.
         kv_blocks: KV blocks of `block_size` tokens, the null block included.
         max_num_batched_tokens: tokens that one step carries at most.
+        max_mixed_tokens: tokens of a step that brings running streams their next ones, which wait for all of it.
         packed: resident linear layers are kept in the layout of the CPU's matrix kernel, because that was measured
             to be faster.
     """
@@ -61,6 +62,7 @@ class DevicePlan:
     kv_bytes: int
     activation_bytes: int
     max_num_batched_tokens: int
+    max_mixed_tokens: int
     packed: bool
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How many tokens one step may carry, so that a long prompt does not stop the streams that run beside it. Pure."""
+"""How many tokens a step with decodes may carry, so that a long prompt does not stop running streams. Pure."""
 
 from __future__ import annotations
 

@@ -95,6 +95,7 @@ class House:
             EngineConfig(
                 SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_queue=queue),
                 tokens,
+                tokens,
                 max_context,
                 VOCAB,
             ),

@@ -21,11 +21,17 @@ BLOCK = 4
 
 
 def make(
-    *, blocks: int = 50, seqs: int = 8, tokens: int = 16, queue: int = 100, context: int = 100
+    *,
+    blocks: int = 50,
+    seqs: int = 8,
+    tokens: int = 16,
+    mixed: int | None = None,
+    queue: int = 100,
+    context: int = 100,
 ) -> tuple[Scheduler, BlockPool, PagedExecutor]:
     pool = BlockPool(BLOCK)
     pool.add_extent(1, blocks)
-    scheduler = Scheduler("m", pool, SchedulerLimits(seqs, tokens, queue, context))
+    scheduler = Scheduler("m", pool, SchedulerLimits(seqs, tokens, mixed or tokens, queue, context))
     return scheduler, pool, PagedExecutor(blocks + 1, BLOCK, VOCAB)
 
 
@@ -73,6 +79,28 @@ def test_prefill_is_chunked_and_decodes_go_first() -> None:
         [(1, 5, 1), (2, 25, 1)],
     ]
     assert drawing == [[1], [1], [1, 2], [1, 2]]
+
+
+def test_beside_decodes_a_step_carries_fewer_tokens() -> None:
+    """A prompt that nobody waits for is read in large steps, until a stream runs whose next token waits for it."""
+    scheduler, _, executor = make(tokens=12, mixed=5)
+    scheduler.add(sequence(1, 14))
+    shapes = []
+    for step in range(6):
+        if step == 2:
+            scheduler.add(sequence(2, 9))
+        batch = scheduler.schedule()
+        shapes.append(shape(batch))
+        assert batch is not None
+        scheduler.apply(executor.step(batch))
+    assert shapes == [
+        [(1, 0, 12)],
+        [(1, 12, 2)],
+        [(1, 14, 1), (2, 0, 4)],
+        [(1, 15, 1), (2, 4, 4)],
+        [(1, 16, 1), (2, 8, 1)],
+        [(1, 17, 1), (2, 9, 1)],
+    ]
 
 
 def test_a_prompt_lies_in_one_run() -> None:

@@ -121,9 +121,9 @@ def check(manifest: ModelManifest, config: Any, node: NodeInventory, plan: Weigh
     assert plan.first_token_seconds > 0
     scheduler = config.scheduler
     if scheduler.max_num_batched_tokens == "auto":
-        assert max(16, scheduler.max_num_seqs) <= device.max_num_batched_tokens <= 2048
+        assert max(16, scheduler.max_num_seqs) <= device.max_mixed_tokens <= device.max_num_batched_tokens <= 2048
     else:
-        assert device.max_num_batched_tokens == scheduler.max_num_batched_tokens
+        assert device.max_mixed_tokens == device.max_num_batched_tokens == scheduler.max_num_batched_tokens
     assert device.activation_bytes == activation_bytes(manifest, device.max_num_batched_tokens, scheduler.max_num_seqs)
 
 

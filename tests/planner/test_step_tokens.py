@@ -71,10 +71,10 @@ def test_the_plan_uses_it_and_sets_aside_memory_for_as_many() -> None:
     (device,) = plan.devices
     packed = describe_sweep(MODEL, plan.tier_of, "cpu", Ring(), packed=True)
     expected = step_tokens(packed, FULL_RATES, sequences=8, context=512, max_num_seqs=8)
-    assert device.max_num_batched_tokens == expected
-    assert any(f"at most {expected} tokens" in note for note in plan.notes)
+    assert device.max_mixed_tokens == expected <= device.max_num_batched_tokens
+    assert any(f"and {expected} where running streams wait" in note for note in plan.notes)
     asked = plan_weights(MODEL, CPU_NODE, FULL_RATES, configuration(scheduler={"max_num_batched_tokens": 777}))
-    assert asked.devices[0].max_num_batched_tokens == 777
+    assert asked.devices[0].max_num_batched_tokens == asked.devices[0].max_mixed_tokens == 777
 
 
 def test_activations_of_a_small_device_bound_it() -> None:

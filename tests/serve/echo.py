@@ -138,7 +138,7 @@ class EchoModel:
         self.pool.add_extent(1, node.blocks)
         defaults = GenerationDefaults(temperature=0.0, stop_token_ids=node.tokenizer.spec.eos_token_ids)
         tokens = int(node.scheduler.max_num_batched_tokens)
-        config = EngineConfig(node.scheduler, tokens, node.max_context, node.tokenizer.vocab_size)
+        config = EngineConfig(node.scheduler, tokens, tokens, node.max_context, node.tokenizer.vocab_size)
         self.engine = Engine(MODEL, self.executor, node.tokenizer, self.pool, defaults, config)
 
     def _move(self, order: Move) -> MoveResult:
