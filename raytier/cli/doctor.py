@@ -16,6 +16,7 @@ from raytier.cli.plan import read_config
 from raytier.cli.render import machine_table, rate, size
 from raytier.config import AppConfig, parse_config
 from raytier.errors import RaytierError, TierError
+from raytier.execution.native import why_none
 from raytier.hardware.checks import warnings
 from raytier.hardware.disk_rates import measure_disk_read, probe_files
 from raytier.hardware.inventory import Disk, nearest_existing, take_inventory
@@ -53,7 +54,8 @@ def doctor(
     assert machine.rates is not None
     console.print(_rates_table(machine.rates))
     console.print(_disks_table(machine, places, measured=places[0]))
-    for warning in warnings(machine):
+    kernels = why_none()
+    for warning in (*warnings(machine), *([kernels] if kernels else [])):
         console.print(f"[yellow]![/] {escape(warning)}")
 
 

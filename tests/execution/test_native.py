@@ -133,8 +133,18 @@ def test_without_a_compiler_torch_computes_and_the_log_says_why(
     assert torch.equal(linears.apply(hidden, weight), linear(hidden, weight))
 
 
+def test_a_user_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    assert "apt-get install gcc" in (native.why_none() or "")
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert native.why_none() is None
+
+
 def test_another_processor_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_cpu_flags", frozenset)
+    assert native.why_none() is None
     monkeypatch.setenv("CC", "/nowhere/cc")
     assert load_kernels(str(tmp_path)) is None
     assert not list(tmp_path.iterdir())
