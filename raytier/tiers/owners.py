@@ -32,9 +32,17 @@ def owner_name(pid: int | None = None) -> str:
         raise ProcessLookupError(f"there is no process {pid}") from None
     fields = line[line.rindex(")") + 2 :].split()  # the command, in parentheses, may hold anything
     state, start_time = fields[0], fields[19]
-    if state in "ZX":
+    if state in "ZX" and not _has_threads(pid):
         raise ProcessLookupError(f"process {pid} is dead")
     return f"raytier-{pid}-{start_time}"
+
+
+def _has_threads(pid: int) -> bool:
+    """Whether threads of a process go on whose first one has ended: they still hold its files and locks."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
 
 
 def is_owner_name(name: str) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,39 @@ time.sleep(60)
 """
 
 
+HALF_DEAD = """
+import ctypes, sys, threading, time
+from raytier.tiers.owners import OwnedDirectory, owner_name
+directory = OwnedDirectory(sys.argv[1], owner_name())
+threading.Thread(target=lambda: (sys.stdin.read(), directory.close(remove=False))).start()
+print(directory.path, flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
 def start_owner(parent: Path) -> tuple[subprocess.Popen[str], Path]:
     process = subprocess.Popen([sys.executable, "-c", OWNER, str(parent)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
+
+
+def test_a_process_lives_as_long_as_one_of_its_threads(tmp_path: Path) -> None:
+    """A killed process of many threads looks like this for a moment, and holds its lock for so long."""
+    command = [sys.executable, "-c", HALF_DEAD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            path = Path(process.stdout.readline().strip())
+            deadline = time.monotonic() + 30
+            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                assert time.monotonic() < deadline, "the first thread goes on"
+                time.sleep(0.01)
+            assert is_alive(path.name)
+            assert remove_leftovers(str(tmp_path)) == []
+        finally:
+            process.kill()
+    assert not is_alive(path.name)
+    assert remove_leftovers(str(tmp_path)) == [str(path)]
 
 
 def test_a_killed_owner_is_cleaned_up_after_and_a_living_one_is_not(tmp_path: Path) -> None:
