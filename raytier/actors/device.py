@@ -157,9 +157,11 @@ class DeviceActor:
             CheckpointError: a file changed or ends early. UnsupportedModelError: see the message.
         """
         from raytier.execution.model_runner import ModelRunner
+        from raytier.execution.threads import compute_with
 
         if self._runner is not None:
             raise RuntimeError(f"{self._name} holds {self._model_id} already")
+        compute_with(self._threads)  # steps do as this thread does
         self._began = time.perf_counter()
         try:
             self._runner = ModelRunner.load(
