@@ -255,7 +255,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler, self.pool, self.executor = make(blocks=12, seqs=3, tokens=6, queue=4, context=48)
+        self.scheduler, self.pool, self.executor = make(blocks=12, seqs=3, tokens=6, mixed=4, queue=4, context=48)
         self.ledger = LeaseLedger(13, BLOCK, 1)
         self.ledger.lease("e", 0, 12)
         self.reports = 0
