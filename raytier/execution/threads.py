@@ -2,7 +2,7 @@
 
 libgomp, torch's OpenMP, keeps a pool of threads for every thread that computes in parallel. While there are more of
 these in a process than cores, they sleep between two operations instead of spinning, and each of the thousand
-operations of a step waits until the system has woken them: 10 to 40 % of a decode step. Hence the one thread that
+operations of a step waits until the system has woken them: 15 to 40 % of a decode step. Hence the one thread that
 computes steps has a pool, and all that goes on beside it computes alone.
 """
 

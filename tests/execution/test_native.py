@@ -51,6 +51,16 @@ def test_same_result(kernels: linears._Kernels, rows: int, outputs: int, inputs:
             close_to_exact(linears.apply(hidden, weight, added), hidden, weight, added)
 
 
+@pytest.mark.parametrize("rows", range(1, 9))
+@torch.inference_mode()
+def test_dot_products_alone(kernels: linears._Kernels, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without tiles."""
+    monkeypatch.setattr(kernels, "_tiles", False)
+    hidden, weight = (torch.randn(n, 96).to(torch.bfloat16) for n in (rows, 80))
+    bias = torch.randn(80).to(torch.bfloat16)
+    close_to_exact(linears.apply(hidden, weight, bias), hidden, weight, bias)
+
+
 @torch.inference_mode()
 def test_what_the_kernels_are_not_made_for_is_torchs(
     kernels: linears._Kernels, monkeypatch: pytest.MonkeyPatch
