@@ -3,7 +3,7 @@
 What runs: a Llama-shaped bf16 model of random weights (1.1 B parameters, 2.2 GB; `--quick` 0.15 B, 300 MB), made for
 the run. Greedy decoding at batch 1, 8 and 32 from prompts of 64 tokens, different for every sequence and round.
 
-- raytier: `raytier.LLM`, everything resident: the engine in one process, a DeviceActor in another, a Ray call per step.
+- raytier: `raytier.LLM`, everything resident: the engine in one process, a DeviceActor in another, a message per step.
   One application per batch, told how many sequences to expect (`kv.expected_sequences`, `scheduler.max_num_seqs`), as
   its user would; `--quick`: one for all, which expects eight.
 - transformers: the model's own forward with its own KV cache (`DynamicCache`), a static batch of equal lengths without
@@ -14,7 +14,7 @@ T10.b1, T10.b8, T10.b32: tokens per second of raytier / of transformers, the med
 give every sequence of the batch a token; prefill is left out on both sides.
 
 T10.share: (time from step to step, seen by the client of the engine - time inside the DeviceActor's step) / 20 ms:
-scheduling, the Ray call there and back, detokenising, delivery and reports. Measured at batch 1 on a model whose step
+scheduling, the message there and back, detokenising, delivery and reports. Measured at batch 1 on a model whose step
 takes about 20 ms (its number of layers follows from the step of T10.b1; `--quick`: the same model, whose step is
 shorter). What a step spends inside the device, building the batch and drawing the token included, is on the side of the
 model here, and in the other ids against raytier.

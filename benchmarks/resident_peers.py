@@ -3,7 +3,7 @@
 What runs: a Llama-shaped bf16 model of random weights (1.1 B parameters, 2.2 GB; `--quick` 0.15 B, 300 MB), made for
 the run. Greedy decoding at batch 1, 8 and 32 from prompts of 64 tokens, different for every sequence and round.
 
-- raytier: `raytier.LLM`, everything resident: the engine here, a DeviceActor in its own process, a Ray call per step.
+- raytier: `raytier.LLM`, everything resident: the engine here, a DeviceActor in its own process, a message per step.
 - vLLM: its offline engine, stepped in its own process (an engine process beside it would only take time from it on two
   cores), compiled (`--quick`: eager, compiling takes long), OpenMP threads bound to the cores, Intel OpenMP and, where
   the system has it, tcmalloc preloaded as its documentation advises.

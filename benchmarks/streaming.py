@@ -1,7 +1,7 @@
 """T2 and T3: how close streamed decoding comes to the disk, and what batching makes of a streamed byte.
 
 What runs: a Llama-shaped bf16 model of random weights (1.1 B parameters, 2.2 GB; `--quick` 0.15 B, 300 MB), made for
-the run, through `raytier.LLM`: the real engine, a DeviceActor in its own process, one Ray call per step. Its device
+the run, through `raytier.LLM`: the real engine, a DeviceActor in its own process, one message per step. Its device
 budget is half of the model's bytes and holds KV, ring and activations too; there is no host tier. So more than half of
 the weights are read from disk in every step. A second `LLM` holds the same model resident. Greedy decoding from
 one-token prompts at batch 1 and 32.

@@ -1,4 +1,4 @@
-"""raytier through `raytier.LLM`: the real engine, a DeviceActor in its own process, one Ray call per step."""
+"""raytier through `raytier.LLM`: the real engine, a DeviceActor in its own process, one message per step."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """DeviceActor: one GPU, or the CPU cores of a node as one compute device.
 
 A thin shell over `raytier.execution`: it owns resident parameters, the ring, the KV tensors and the
-sampler of the models it runs. `step` has a thread of its own, so that a sweep of seconds does not keep
-`status` waiting. torch is imported when the actor starts, never by importing this module.
+sampler of the models it runs. Everything that computes with several threads runs in one (`compute`), steps
+among it, so that a sweep of seconds does not keep `status` waiting. torch is imported when the actor starts,
+never by importing this module.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from raytier.actors.compute import ComputeThread
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import InvalidRequestError
@@ -93,7 +96,7 @@ class DeviceStatus:
 
 
 class DeviceActor:
-    """Runs steps. At most one call per step: a step number that does not follow the last is refused."""
+    """Runs steps, sent to `address`. One message per step: a step number that does not follow the last is refused."""
 
     def __init__(self, name: str, kind: str, threads: int, cache_dir: str) -> None:
         # First touch of small pages is the dearest part of filling memory; torch reads this when it is imported.
@@ -104,7 +107,8 @@ class DeviceActor:
 
         self._name = name
         self._threads = threads
-        self._device = use_device(kind, threads, cache_dir)
+        self._compute = ComputeThread(self._step)
+        self._device = self._compute.call(lambda: use_device(kind, threads, cache_dir))
         self._runner: ModelRunner | None = None
         self._model_id: str | None = None
         self._arena: Arena | None = None
@@ -123,17 +127,18 @@ class DeviceActor:
         seconds."""
         from raytier.execution.rates import node_rates
 
-        kind = self._device.partition(":")[0]
+        measure = partial(
+            node_rates,
+            path,
+            dtype=dtype,
+            threads=self._threads,
+            cache_dir=cache_dir,
+            kind=self._device.partition(":")[0],
+            nvme_paths=nvme_paths,
+            ramdisk=ramdisk,
+        )
         try:
-            return node_rates(
-                path,
-                dtype=dtype,
-                threads=self._threads,
-                cache_dir=cache_dir,
-                kind=kind,
-                nvme_paths=nvme_paths,
-                ramdisk=ramdisk,
-            )
+            return self._compute.call(measure)
         finally:
             _trim()
 
@@ -157,22 +162,22 @@ class DeviceActor:
             CheckpointError: a file changed or ends early. UnsupportedModelError: see the message.
         """
         from raytier.execution.model_runner import ModelRunner
-        from raytier.execution.threads import compute_with
 
         if self._runner is not None:
             raise RuntimeError(f"{self._name} holds {self._model_id} already")
-        compute_with(self._threads)  # steps do as this thread does
         self._began = time.perf_counter()
+        load = partial(
+            ModelRunner.load,
+            manifest,
+            plan,
+            device=self._device,
+            host_views=self._views(grants),
+            copies=copies,
+            io_threads=io_threads,
+            io_bytes=io_bytes,
+        )
         try:
-            self._runner = ModelRunner.load(
-                manifest,
-                plan,
-                device=self._device,
-                host_views=self._views(grants),
-                copies=copies,
-                io_threads=io_threads,
-                io_bytes=io_bytes,
-            )
+            self._runner = self._compute.call(load)
         except BaseException:
             self._give_back()
             raise
@@ -191,10 +196,10 @@ class DeviceActor:
         return time.perf_counter() - self._began
 
     def unload(self, model_id: str) -> None:
-        """Free everything of the model. Steps, which this follows, have ended; a move that runs fails."""
+        """Free everything of the model. Its steps have ended; a move that runs fails."""
         runner = self._running(model_id)
         self._runner = self._model_id = None
-        runner.close()
+        self._compute.call(runner.close)
         del runner
         self._give_back()
 
@@ -240,12 +245,17 @@ class DeviceActor:
             self._arena = None
         _trim()
 
-    def step(self, batch: StepBatch) -> StepResult:
+    @ray.method(concurrency_group="control")
+    def address(self) -> str:
+        """Where an engine of this machine sends its steps (`StepConnection`)."""
+        return self._compute.address
+
+    def _step(self, batch: StepBatch) -> StepResult:
         """Run one step of the loaded model."""
         runner = self._running(batch.model_id)
         epoch, last = self._last
         if batch.epoch < epoch or batch.step != (last + 1 if batch.epoch == epoch else 1):
-            raise RuntimeError(f"step {batch.epoch}.{batch.step} does not follow {epoch}.{last}: one call per step")
+            raise RuntimeError(f"step {batch.epoch}.{batch.step} does not follow {epoch}.{last}: each is sent once")
         self._last = (batch.epoch, batch.step)
         result = runner.step(batch)
         self._steps += 1
@@ -288,6 +298,6 @@ def _trim() -> None:
 
 
 def remote_device_actor() -> Any:
-    """The actor class as Ray wants it: one thread that computes, one that moves parameters, three for control, of which
-    one may wait for the end of loading."""
+    """The actor class as Ray wants it: one thread that loads and unloads, one that moves parameters, three for control,
+    of which one may wait for the end of loading."""
     return ray.remote(concurrency_groups={"control": 3, "transfers": 1})(DeviceActor)  # type: ignore[call-overload]

@@ -6,28 +6,48 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from raytier.actors.compute import StepConnection
 from raytier.engine.outputs import StepReport
 from raytier.engine.step import StepBatch, StepResult
-from raytier.errors import EngineDeadError
+from raytier.errors import EngineDeadError, ModelLoadingError
+
+_CALL_TIMEOUT_S = 30.0
 
 
 class RemoteExecutor:
-    """A `StepExecutor` that makes one call of a DeviceActor per step."""
+    """A `StepExecutor` that sends steps to a DeviceActor of this machine.
+
+    Raises:
+        RayActorError: the actor is gone. ModelLoadingError: it is on another machine.
+    """
 
     def __init__(self, device: Any) -> None:
-        self._step = device.step
+        self._device = device
+        try:
+            self._connection = StepConnection(answer_of(device.address.remote(), _CALL_TIMEOUT_S))
+        except ConnectionError as error:
+            raise ModelLoadingError(f"the DeviceActor cannot be reached: {error}") from None
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step; EngineDeadError when the actor is gone, else the error that the step raised."""
         try:
-            result: StepResult = ray.get(self._step.remote(batch))
-        except RayActorError as error:
-            raise EngineDeadError(f"the DeviceActor died during step {batch.step}: {cause_of(error)}") from None
-        except RayTaskError as error:
-            raise error.cause from None
-        return result
+            return self._connection.step(batch)
+        except ConnectionError:
+            raise EngineDeadError(f"the DeviceActor died during step {batch.step}: {self._cause()}") from None
+
+    def close(self) -> None:
+        """No step runs any more: let the device have its end of the connection back."""
+        self._connection.close()
+
+    def _cause(self) -> str:
+        """What Ray knows of the actor's end."""
+        try:
+            ray.get(self._device.ping.remote(), timeout=_CALL_TIMEOUT_S)
+        except (RayActorError, GetTimeoutError) as error:
+            return cause_of(error)
+        return "its connection ended"
 
 
 class StepReporter:

@@ -98,6 +98,7 @@ class LoadedModel:
         self.began = began
         self._unloading = False
         self._loading: Any = None  # what `device.load` will answer
+        self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._places = _places(actors, model_id, description.manifest, config)
         self.mover = ParameterMover(
@@ -167,9 +168,10 @@ class LoadedModel:
         for extent in answer_of(leasing, _CALL_TIMEOUT_S):
             pool.add_extent(extent.start, extent.count)
         answer_of(self._loading, _LOAD_TIMEOUT_S)
+        self._executor = RemoteExecutor(actors.device)
         self._engine = Engine(
             model_id=self.model_id,
-            executor=RemoteExecutor(actors.device),
+            executor=self._executor,
             tokenizer=tokenizer,
             block_pool=pool,
             defaults=self.description.defaults,
@@ -245,6 +247,8 @@ class LoadedModel:
                 failures.append(str(error))
 
         self._transfers.detach(self.model_id, f"{self.model_id} was unloaded")
+        if self._executor is not None:
+            self._executor.close()
         attempt(self._unload_device)
         self._transfers.settle(self.model_id)  # a move that ran has given back what it had obtained
         for place in self._places.values():

@@ -69,7 +69,7 @@ def check_streamed(llm: LLM, manifest: ModelManifest) -> None:
     rows = stats.total.bytes_streamed - stats.steps * swept
     assert (rows % row == 0 and stats.steps <= rows // row <= stats.total.num_tokens) if row else rows == 0
     assert stats.total.bytes_read >= stats.total.bytes_streamed
-    assert llm.status().device.steps == stats.steps, "one call per step"
+    assert llm.status().device.steps == stats.steps, "one message per step"
     status = eventually(lambda: (s := llm.status()) and s.disk.bytes_read == stats.total.bytes_read and s)
     assert status.disk.reads == stats.total.reads
     assert status.disk.errors == 0

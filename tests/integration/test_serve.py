@@ -186,7 +186,7 @@ def test_every_tier_is_used_and_counted(served: Application) -> None:
     status = eventually(lambda: (s := served.status()) and s.disk.bytes_read == served.stats().total.bytes_read and s)
     assert status.host.owners == {"tiny": status.device.host_bytes}
     assert status.device.host_bytes >= 4 * 48 * 32 * 4
-    assert status.device.steps == served.stats().steps, "one call of the DeviceActor per step"
+    assert status.device.steps == served.stats().steps, "one message per step"
     assert status.kv.used_blocks == 0
 
 
