@@ -2,8 +2,8 @@
 
 transformers' modules call `attention_forward` with the new tokens' queries, keys and values of a packed
 batch (`[1, heads, T, dim]`, RoPE applied, KV heads not repeated). It writes keys and values to their
-slots and attends over what the block tables name: single tokens whose keys lie regularly in one call, the
-rest sequence by sequence.
+slots and attends over what the block tables name: single tokens by a kernel of our own where there is one, else those
+whose keys lie regularly in one call; the rest sequence by sequence.
 
 *Folded* queries are `[n, Hkv, M, D]`: the query heads that share a KV head become further queries of it, token
 by token, M = tokens * Hq / Hkv. On a CPU that is twice as fast as enable_gqa for a single token and three times for
@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from raytier.checkpoint.architecture import ATTENTION_NAME
 from raytier.engine.step import SequenceChunk
 from raytier.errors import UnsupportedModelError
+from raytier.execution import cpu_kernels
 from raytier.execution.kv_store import KVStore, RunBatch, batch_runs, slot_runs
 
 
@@ -72,6 +73,7 @@ class ForwardContext:
     slots: Tensor
     _runs: dict[int, list[list[tuple[int, int]]]] = field(default_factory=dict)
     _plans: dict[int, _Plan] = field(default_factory=dict)
+    _singles: dict[int, tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -115,6 +117,15 @@ class ForwardContext:
                 inverse = torch.argsort(torch.tensor(order, device=device))
             self._plans[window] = _Plan(tuple(batches), torch.tensor(rows, device=device), tuple(rest), inverse)
         return self._plans[window]
+
+    def singles(self, window: int) -> tuple[cpu_kernels.Spans, tuple[int, ...]]:
+        """What the single tokens see, and which spans are longer."""
+        if window not in self._singles:
+            runs = self.runs(window)
+            single = [(span.q_start, runs[i]) for i, span in enumerate(self.spans) if span.num_queries == 1]
+            longer = tuple(i for i, span in enumerate(self.spans) if span.num_queries > 1)
+            self._singles[window] = cpu_kernels.Spans.of(single), longer
+        return self._singles[window]
 
     def mask(self, index: int, window: int) -> Tensor | None:
         """What to add to the scores `[queries, keys]`: 0 or -inf; None where causality alone decides from token 0."""
@@ -213,37 +224,63 @@ def attention_forward(
         )
 
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    store = context.store
-    query, key, value = query[0], key[0], value[0]
-    store.write(layer, context.slots, key, value)
     window = int(sliding_window or 0)
     scores = _Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
-    heads, group = key.shape[0], query.shape[0] // key.shape[0]
-    tokens = query.transpose(0, 1).reshape(query.shape[1], heads, group, query.shape[-1])
-    plan = context.plan(window)
-    results = []  # each [tokens, Hkv, Hq / Hkv, Dv]
-    if plan.batches:
-        done, singles = 0, tokens if plan.inverse is None else tokens.index_select(0, plan.rows)
-        for batch in plan.batches:
-            count = len(batch.members)
-            keys, values = store.read_batch(layer, batch)
-            results.append(folded_attention(singles[done : done + count], keys, values, scores))
-            done += count
-    runs = context.runs(window)
-    for index in plan.rest:
+    if softcap is None and cpu_kernels.fits_attend(query, key, value, context.store.keys[layer]):
+        return _attend_by_kernel(context, layer, query, key, value, window, scores), None
+    context.store.write(layer, context.slots, key[0], value[0])
+    return _attend(context, layer, query[0], window, scores), None
+
+
+def _attend_by_kernel(
+    context: ForwardContext, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int, scores: _Scores
+) -> Tensor:
+    """`[1, T, Hq, D]`: single tokens at once, wherever their keys lie; longer spans one by one."""
+    store, (singles, longer) = context.store, context.singles(window)
+    tokens = query[0].transpose(0, 1).contiguous()
+    pool = store.keys[layer], store.values[layer]
+    sinks = scores.sinks.to(tokens.dtype).contiguous() if scores.sinks is not None else None
+    result = cpu_kernels.attend(tokens, key, value, context.slots, pool, singles, scores.scale, sinks)
+    for index in longer:
         span = context.spans[index]
-        keys, values = store.read(layer, runs[index])
-        if scores.plain and span.num_queries > _FOLD_TOKENS:
-            chunk = query[:, span.q_start : span.q_stop]
-            result = _sdpa(chunk, keys, values, scores.scale, context.mask(index, window)).transpose(0, 1)
-            results.append(result.reshape(-1, heads, group, value.shape[-1]))
-        else:
-            mask = context.explicit_mask(index, window)
-            results.append(_attend_folded(tokens[span.q_start : span.q_stop], keys, values, scores, mask))
+        result[span.q_start : span.q_stop] = _attend_span(context, layer, index, query[0], window, scores)
+    return result[None]
+
+
+def _attend(context: ForwardContext, layer: int, query: Tensor, window: int, scores: _Scores) -> Tensor:
+    """The same by torch's operations: query `[Hq, T, Dk]` -> `[1, T, Hq, Dv]`."""
+    store, plan = context.store, context.plan(window)
+    count, heads, kv_heads = query.shape[1], query.shape[0], store.keys[layer].shape[0]
+    results = []  # each [tokens, Hq, Dv]
+    if plan.batches:
+        singles = query.transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, query.shape[-1])
+        if plan.inverse is not None:
+            singles = singles.index_select(0, plan.rows)
+        done = 0
+        for batch in plan.batches:
+            members = len(batch.members)
+            keys, values = store.read_batch(layer, batch)
+            results.append(folded_attention(singles[done : done + members], keys, values, scores).flatten(1, 2))
+            done += members
+    results += [_attend_span(context, layer, index, query, window, scores) for index in plan.rest]
     result = results[0] if len(results) == 1 else torch.cat(results)
     if plan.inverse is not None:
         result = result.index_select(0, plan.inverse)
-    return result.reshape(1, query.shape[1], query.shape[0], value.shape[-1]), None
+    return result[None]
+
+
+def _attend_span(
+    context: ForwardContext, layer: int, index: int, query: Tensor, window: int, scores: _Scores
+) -> Tensor:
+    """What the tokens of one span see: query `[Hq, T, Dk]` of the whole batch -> `[tokens, Hq, Dv]`."""
+    span = context.spans[index]
+    keys, values = context.store.read(layer, context.runs(window)[index])
+    chunk = query[:, span.q_start : span.q_stop]
+    if scores.plain and span.num_queries > _FOLD_TOKENS:
+        return _sdpa(chunk, keys, values, scores.scale, context.mask(index, window)).transpose(0, 1)
+    group = query.shape[0] // keys.shape[0]
+    tokens = chunk.transpose(0, 1).reshape(span.num_queries, keys.shape[0], group, query.shape[-1])
+    return _attend_folded(tokens, keys, values, scores, context.explicit_mask(index, window)).flatten(1, 2)
 
 
 #: Up to so many tokens of one sequence are folded.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
-from raytier.execution import linears
+from raytier.execution import fusion, linears
 from raytier.execution.layout import StreamUnit
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -52,8 +52,7 @@ class Bindings:
             for name, ((module, leaf), *others) in self._sites.items()
             if leaf == "weight" and not others and linears.can_pack(module, dtype)
         }
-        for module in model.modules():
-            linears.adopt(module)
+        fusion.adopt(model)
 
     def bind(self, name: str, tensor: Tensor) -> None:
         """Compute with `tensor` from now on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from raytier.errors import ResourceNotAvailableError
-from raytier.execution.linears import use_kernels
+from raytier.execution import cpu_kernels
 
 
 def use_device(kind: str, threads: int, cache_dir: str) -> str:
@@ -21,7 +21,7 @@ def use_device(kind: str, threads: int, cache_dir: str) -> str:
     """
     torch.set_num_threads(threads)
     if kind == "cpu":
-        use_kernels(cache_dir)
+        cpu_kernels.use(cache_dir)
         return "cpu"
     if not torch.cuda.is_available():
         raise ResourceNotAvailableError(

@@ -17,86 +17,22 @@ processor time off packing, and make the packed weights 1.05 to 1.2x as fast to 
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from raytier.execution.native import Features, load_kernels
+from raytier.execution import cpu_kernels
 
-#: Rows that the kernels of our own are made for: with dot products alone, and with tiles.
-_DOT_ROWS, _TILE_ROWS = 8, 64
-#: Up to so many rows dot products are faster than tiles.
-_DOT_BEST = 4
 #: A shape for the probe with more than one of a kernel's blocks in each direction, and a remainder.
 _PROBE_OUT, _PROBE_IN = 80, 48
 
 
-class _Kernels:
-    """`kernels/linear_bf16.c`, once `use_kernels` has found that it can be used."""
-
-    def __init__(self) -> None:
-        self.most_rows = 0
-        self._call: Any = None
-        self._tiles = False
-
-    def use(self, library: ctypes.CDLL, features: Features) -> None:
-        pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-        self._call = library.raytier_linear_bf16
-        self._call.argtypes = (pointer, pointer, pointer, pointer, pointer, size, size, size, number, number)
-        self._call.restype = None
-        self._tiles = Features.TILES_BF16 in features
-        self.most_rows = _TILE_ROWS if self._tiles else _DOT_ROWS
-
-    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        """As `F.linear`, for `rows` rows in bf16, of a shape that `fit` lets pass."""
-        hidden = hidden.contiguous()
-        outputs, inputs = weight.shape
-        result = hidden.new_empty(*hidden.shape[:-1], outputs)
-        tiles = self._tiles and rows > _DOT_BEST
-        scratch = hidden.new_empty((16 if rows <= 16 else 32 if rows <= 32 else 64) * inputs) if tiles else hidden
-        self._call(
-            hidden.data_ptr(),
-            weight.data_ptr(),
-            bias.data_ptr() if bias is not None else None,
-            result.data_ptr(),
-            scratch.data_ptr(),
-            rows,
-            outputs,
-            inputs,
-            torch.get_num_threads(),
-            tiles,
-        )
-        return result
-
-
-_kernels = _Kernels()
-
-
-def use_kernels(cache_dir: str) -> bool:
-    """Let `apply` compute with kernels of our own, kept compiled in `cache_dir`; whether there are any here."""
-    if not _kernels.most_rows:
-        found = load_kernels(cache_dir)
-        if found is not None:
-            _kernels.use(*found)
-    return _kernels.most_rows > 0
-
-
 def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, whose result this is up to the order of summation: hidden `[..., in]`, weight `[out, in]`."""
-    if weight.dtype is torch.bfloat16 and _kernels.most_rows and hidden.dtype is torch.bfloat16:
-        outputs, inputs = weight.shape
-        rows = hidden.numel() // inputs
-        if (
-            0 < rows <= _kernels.most_rows
-            and inputs % 32 == outputs % 16 == 0
-            and hidden.device.type == weight.device.type == "cpu"
-            and weight.is_contiguous()
-        ):
-            return _kernels.linear(hidden, weight, bias, rows)
+    if cpu_kernels.fits_linear(hidden, weight):
+        return cpu_kernels.linear(hidden, weight, bias)
     return linear(hidden, weight, bias)
 
 

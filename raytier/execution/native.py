@@ -17,8 +17,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "kernels" / "linear_bf16.c"
-_FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", *(f"-m{i}" for i in ("avx512f", "avx512bw", "avx512vl")))
+_DIRECTORY = Path(__file__).parent / "kernels"
+_FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", *(f"-m{i}" for i in ("avx512f", "avx512bw", "avx512dq", "avx512vl")))
 _FLAGS += ("-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 _TIMEOUT_S = 60.0
 
@@ -78,14 +78,16 @@ def _compiled(directory: Path) -> Path:
     compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("there is no C compiler (Debian, Ubuntu: apt-get install gcc libc6-dev)")
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((compiler, _FLAGS)).encode()).hexdigest()[:16]
-    library = directory / f"linear_bf16-{key}.so"
+    texts = [path.read_bytes() for path in sorted(_DIRECTORY.glob("*.[ch]"))]
+    key = hashlib.sha256(repr((compiler, _FLAGS, texts)).encode()).hexdigest()[:16]
+    library = directory / f"bf16-{key}.so"
     if library.exists():
         return library
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=directory) as scratch:
         built = Path(scratch) / library.name
-        command = [*compiler.split(), *_FLAGS, "-o", str(built), str(_SOURCE)]
+        sources = [str(path) for path in sorted(_DIRECTORY.glob("*.c"))]
+        command = [*compiler.split(), *_FLAGS, "-o", str(built), *sources, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         if done.returncode:
             raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from raytier.execution import linears
+from raytier.execution import cpu_kernels, linears
 from raytier.execution.step_rates import measure_steps
 from raytier.execution.threads import num_threads
 from raytier.execution.timing import calls_per_second, typical_seconds, wait
@@ -99,7 +99,7 @@ def _measure(key: RateKey, cache_dir: str, progress: Progress) -> Rates:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(num_threads(key.threads))
         if cpu:
-            linears.use_kernels(cache_dir)
+            cpu_kernels.use(cache_dir)
         progress("writing to disk", 0.0)
         probes, write = stack.enter_context(probe_files([nearest_existing(place) for place in own or (cache_dir,)]))
         progress("linear layers", 0.1)

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from raytier.checkpoint.architecture import ATTENTION_NAME, build_meta, decoder_layers
 from raytier.checkpoint.manifest import KVLayerSpec
 from raytier.engine.step import SampleSpec, SequenceChunk
-from raytier.execution import linears
+from raytier.execution import fusion, linears
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.kv_store import KVStore
 from raytier.execution.sampler import sample
@@ -77,8 +77,8 @@ class _Decoder:
         )
         self._model = build_meta(config, dtype)
         self._model.set_attn_implementation(ATTENTION_NAME)
+        fusion.adopt(self._model)
         for module in self._model.modules():
-            linears.adopt(module)
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
                     filled = torch.full(parameter.shape, 0.01, dtype=element, device=device)

@@ -10,14 +10,11 @@
  * Both accumulate in fp32 and round once. The threads are those of libgomp, which torch computes with too.
  */
 #define _GNU_SOURCE
-#include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t bf16;
+#include "bf16.h"
 
 #define DOT_AHEAD 512 /* columns that a row of the weight is fetched ahead: 1 KiB */
 #define TILES_AHEAD 4 /* tiles that are */
@@ -35,19 +32,6 @@ int raytier_linear_features(void)
         if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0)
             found |= 2;
     return found;
-}
-
-static inline __m512 widen(__m256i half)
-{
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-static inline bf16 narrow(float value)
-{
-    __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(value));
-    bf16 result;
-    memcpy(&result, &rounded, 2);
-    return result;
 }
 
 static inline float bias_of(const bf16 *bias, long n)
@@ -120,51 +104,21 @@ static void dots(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long
 
 /* ---- tiles ---- */
 
-static void configure(void)
-{
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t colsb[16];
-        uint8_t rows[16];
-    } config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int tile = 0; tile < 8; tile++) {
-        config.colsb[tile] = 64;
-        config.rows[tile] = 16;
-    }
-    _tile_loadconfig(&config);
-}
+#define EIGHT(n) n, n, n, n, n, n, n, n
+/* Eight tiles of 16 rows of 64 bytes. Not on the stack: gcc believes that LDTILECFG reads 8 bytes and leaves out what
+   writes the others. */
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t colsb[16];
+    uint8_t rows[16];
+} CONFIG __attribute__((aligned(64))) = {1, 0, {0}, {EIGHT(64)}, {EIGHT(16)}};
 
-/* The transpose of 16 x 16 numbers of 32 bits. */
-static inline void transpose(__m512i r[16])
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = 0; j < 4; j++) {
-            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
-            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
-        }
-    for (int j = 0; j < 8; j++) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-    }
-}
+static inline void configure(void) { _tile_loadconfig(&CONFIG); }
 
-/* Tiles (k, m) for k in [begin, end): 512 numbers each, m innermost. */
-static void arrange(const bf16 *x, bf16 *tiles, long begin, long end, long M, long MB, long K)
+/* Tiles (k, m) of x: 512 numbers each, m innermost. */
+static void arrange(const bf16 *x, bf16 *tiles, long steps, long M, long MB, long K)
 {
-    for (long k = begin; k < end; k++)
+    for (long k = 0; k < steps; k++)
         for (long mb = 0; mb < MB; mb++) {
             __m512i r[16];
             for (int i = 0; i < 16; i++)
@@ -235,7 +189,8 @@ TILES(4, MULTIPLY(0, 5) MULTIPLY(1, 6) MULTIPLY(2, 7) MULTIPLY(3, 5))
 
 /* out [M][N] = x [M][K] * weight [N][K]^T + bias [N]; N a multiple of 16, K of 32.
  *
- * scratch: for tiles, 64-byte aligned room for as many rows of x as 1, 2 or 4 tiles have.
+ * scratch: for tiles, 64-byte aligned room for each thread for as many rows of x as 1, 2 or 4 tiles have. Each arranges x
+ * for itself: to get what another core has just written takes longer.
  */
 void raytier_linear_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *out, bf16 *scratch, long M, long N,
                          long K, int threads, int tiles)
@@ -248,16 +203,15 @@ void raytier_linear_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf
         if (!tiles) {
             dots(x, weight, bias, out, begin, end, M, N, K);
         } else {
-            const long steps = K / 32;
-            arrange(x, scratch, steps * self / count, steps * (self + 1) / count, M, MB, K);
-#pragma omp barrier
+            bf16 *const arranged = scratch + self * MB * 16 * K;
+            arrange(x, arranged, K / 32, M, MB, K);
             configure();
             if (MB == 1)
-                tiles_1(scratch, weight, bias, out, begin, end, M, N, K);
+                tiles_1(arranged, weight, bias, out, begin, end, M, N, K);
             else if (MB == 2)
-                tiles_2(scratch, weight, bias, out, begin, end, M, N, K);
+                tiles_2(arranged, weight, bias, out, begin, end, M, N, K);
             else
-                tiles_4(scratch, weight, bias, out, begin, end, M, N, K);
+                tiles_4(arranged, weight, bias, out, begin, end, M, N, K);
             _tile_release(); /* oneDNN has another configuration */
         }
     }
