@@ -178,6 +178,11 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
         _current.context = None
 
 
+def current_context() -> ForwardContext | None:
+    """That of the step which runs in this thread."""
+    return _current.context
+
+
 #: Keyword arguments that reach the function and do not change its result in inference.
 _NEUTRAL = {"dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states"}
 

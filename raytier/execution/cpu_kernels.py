@@ -28,6 +28,7 @@ _ARGUMENTS = {
     "silu_mul": (_POINTER,) * 3 + (_LONG, _INT),
     "rotate": (_POINTER,) * 6 + (_LONG,) * 4 + (_INT,),
     "attend": (_POINTER,) * 6 + (_INT,),
+    "layer": (_POINTER,) * 8 + (_INT,) * 2,
 }
 
 
@@ -55,6 +56,22 @@ class _Attend(ctypes.Structure):
     )
 
 
+class _Projection(ctypes.Structure):
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("outputs", _LONG))
+
+
+_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Projection) for name in _PROJECTIONS),
+        *((name, _POINTER) for name in ("before", "after", "q_norm", "k_norm")),
+        *((name, _FLOAT) for name in ("before_eps", "after_eps", "q_eps", "k_eps")),
+        ("hidden", _LONG),
+    )
+
+
 class _Library:
     """Functions of the compiled library by their names without prefix and type."""
 
@@ -65,6 +82,12 @@ class _Library:
             function = getattr(library, f"raytier_{name}_bf16")
             function.argtypes, function.restype = arguments, None
             self.functions[name] = function
+        self.layer_work = library.raytier_layer_work_bf16
+        self.layer_work.argtypes, self.layer_work.restype = (_POINTER, _LONG, _INT), _LONG
+
+    @property
+    def most_rows(self) -> int:
+        return _TILE_ROWS if self.tiles else _DOT_ROWS
 
 
 _library: _Library | None = None
@@ -97,7 +120,7 @@ def fits_linear(hidden: Tensor, weight: Tensor) -> bool:
         return False
     outputs, inputs = weight.shape
     return (
-        0 < hidden.numel() // inputs <= (_TILE_ROWS if _library.tiles else _DOT_ROWS)
+        0 < hidden.numel() // inputs <= _library.most_rows
         and inputs % 32 == outputs % 16 == 0
         and weight.device.type == "cpu"
         and weight.is_contiguous()
@@ -266,14 +289,34 @@ def attend(
     Returns:
         `[T, Hq, D]`; rows of tokens that are not in `spans` are not set.
     """
-    tokens, heads, dim = query.shape
-    keys, values = pool
     result = torch.empty_like(query)
-    order = _Attend(
+    order = _attend_order(query.shape, key.shape[1], slots, spans, scale, sinks)
+    _call(
+        "attend",
+        ctypes.byref(order),
+        ctypes.byref(_pool(pool)),
+        query.data_ptr(),
+        ctypes.byref(_rows(key)),
+        ctypes.byref(_rows(value)),
+        result.data_ptr(),
+    )
+    return result
+
+
+def _pool(pool: tuple[Tensor, Tensor]) -> _Pool:
+    keys, values = pool
+    return _Pool(keys.data_ptr(), values.data_ptr(), keys.stride(0))
+
+
+def _attend_order(
+    shape: Sequence[int], kv_heads: int, slots: Tensor, spans: Spans, scale: float, sinks: Tensor | None
+) -> _Attend:
+    tokens, heads, dim = shape
+    return _Attend(
         slots.data_ptr(),
         tokens,
         heads,
-        key.shape[1],
+        kv_heads,
         dim,
         len(spans.rows),
         spans.rows.data_ptr(),
@@ -282,13 +325,87 @@ def attend(
         scale,
         sinks.data_ptr() if sinks is not None else None,
     )
-    _call(
-        "attend",
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """A decoder layer as `layer` computes it.
+
+    Attributes:
+        projections: weight `[out, in]` and bias of each of q, k, v, o, gate, up, down.
+        norms: weight and epsilon of those before attention and after it `[hidden]`, and of the heads of queries and
+            keys `[D]` where there are any.
+    """
+
+    projections: tuple[tuple[Tensor, Tensor | None], ...]
+    norms: tuple[tuple[Tensor, float] | None, ...]
+
+
+def fits_layer(
+    hidden: Tensor, weights: LayerWeights, pool: tuple[Tensor, Tensor], rotation: tuple[Tensor, Tensor]
+) -> bool:
+    """Whether `layer` is made for these."""
+    if _library is None or not _plain(hidden) or not hidden.is_contiguous() or hidden.shape[0] != 1:
+        return False
+    keys, values = pool
+    dim, tokens = keys.shape[-1], hidden.shape[1]
+    (q, _), (k, _) = weights.projections[:2]
+    return (
+        0 < tokens <= _library.most_rows
+        and keys.dtype is torch.bfloat16
+        and values.shape == keys.shape
+        and dim % 32 == 0
+        and dim <= _MOST_DIM
+        and q.shape[0] <= _MOST_GROUP * k.shape[0]
+        and all(_plain(part) and part.is_contiguous() and part.shape == (1, tokens, dim) for part in rotation)
+        and all(
+            _plain(weight) and weight.is_contiguous() and weight.shape[1] % 32 == weight.shape[0] % 32 == 0
+            for weight, _ in weights.projections
+        )
+    )
+
+
+def layer(
+    hidden: Tensor,
+    weights: LayerWeights,
+    rotation: tuple[Tensor, Tensor],
+    slots: Tensor,
+    pool: tuple[Tensor, Tensor],
+    spans: Spans,
+    scale: float,
+) -> Tensor:
+    """A decoder layer for a step of single tokens: hidden `[1, T, hidden]`, of that shape again.
+
+    Args:
+        rotation: cos and sin `[1, T, D]`. The others as for `attend`; every token is in `spans`.
+    """
+    assert _library is not None
+    _, tokens, width = hidden.shape
+    threads = torch.get_num_threads()
+    order = _Layer()
+    for name, (weight, bias) in zip(_PROJECTIONS, weights.projections, strict=True):
+        bias_at = bias.data_ptr() if bias is not None else None
+        setattr(order, name, _Projection(weight.data_ptr(), bias_at, weight.shape[0]))
+    for name, norm in zip(("before", "after", "q_norm", "k_norm"), weights.norms, strict=True):
+        if norm is not None:
+            setattr(order, name, norm[0].data_ptr())
+            setattr(order, f"{name.removesuffix('_norm')}_eps", norm[1])
+    order.hidden = width
+    dim = pool[0].shape[-1]
+    heads, kv_heads = (weights.projections[i][0].shape[0] // dim for i in (0, 1))
+    cos, sin = rotation
+    work = hidden.new_empty(_library.layer_work(ctypes.byref(order), tokens, threads))
+    result = torch.empty_like(hidden)
+    _library.functions["layer"](
         ctypes.byref(order),
-        ctypes.byref(_Pool(keys.data_ptr(), values.data_ptr(), keys.stride(0))),
-        query.data_ptr(),
-        ctypes.byref(_rows(key)),
-        ctypes.byref(_rows(value)),
+        ctypes.byref(_attend_order((tokens, heads, dim), kv_heads, slots, spans, scale, None)),
+        ctypes.byref(_pool(pool)),
+        hidden.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
         result.data_ptr(),
+        work.data_ptr(),
+        threads,
+        _library.tiles and tokens > _DOT_BEST,
     )
     return result

@@ -1,20 +1,27 @@
 """Modules of transformers whose arithmetic the kernels for the CPU do at once.
 
-transformers repeats the same few pieces in nearly every model: RMS norm, the gated feed-forward part, rotary embedding.
+transformers repeats the same few pieces in nearly every model: RMS norm, the gated feed-forward part, rotary embedding;
+and in many (Llama, Mistral, Qwen2, Qwen3, ...) the whole decoder layer, which for a decode step is then one call.
 `adopt` finds them by what they execute, not by their names: a function is another one's copy if its bytecode, names and
 constants are the same. Where a call does not suit the kernels (of another dtype, say), transformers' own code runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import unwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from raytier.execution import cpu_kernels, linears
+from raytier.execution.attention import current_context
 
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -26,12 +33,22 @@ def adopt(model: nn.Module) -> None:
         if not cpu_kernels.available() or "forward" in module.__dict__:
             continue
         forward = type(module).forward
-        if _copies(forward, llama.LlamaRMSNorm.forward):
+        if _is_decoder_layer(module):
+            module.forward = MethodType(_decoder_layer, module)
+        elif _is_rms_norm(module):
             module.forward = MethodType(_rms_norm, module)
-        elif _copies(forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
+        elif _is_gated(module):
             module.forward = MethodType(_gated, module)
         elif _rotates(forward):
             module.forward = MethodType(_with_rotation(forward), module)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    return _copies(type(module).forward, llama.LlamaRMSNorm.forward)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return _copies(type(module).forward, llama.LlamaMLP.forward) and isinstance(module.act_fn, SiLUActivation | nn.SiLU)
 
 
 def _rms_norm(self: Any, hidden: Tensor) -> Tensor:
@@ -74,6 +91,80 @@ def _with_rotation(forward: FunctionType) -> FunctionType:
     )
     own.__kwdefaults__ = forward.__kwdefaults__
     return own
+
+
+#: Attention of decoder layers that are computed at once, and how each one names its window. All rotate as Llama does.
+_ATTENTION: tuple[tuple[type[nn.Module], Callable[[Any], int | None]], ...] = (
+    (llama.LlamaAttention, lambda attention: None),
+    (MistralAttention, lambda attention: getattr(attention.config, "sliding_window", None)),
+    (Qwen2Attention, lambda attention: attention.sliding_window),
+    (Qwen3Attention, lambda attention: attention.sliding_window),
+)
+
+
+def _is_decoder_layer(layer: Any) -> bool:
+    """Whether `layer` is one as Llama has them, of parts that the kernels know."""
+    # What transformers wraps it in concerns training.
+    if not _copies(unwrap(type(layer).forward), unwrap(llama.LlamaDecoderLayer.forward)):
+        return False
+    attention = layer.self_attn
+    return (
+        _is_rms_norm(layer.input_layernorm)
+        and _is_rms_norm(layer.post_attention_layernorm)
+        and _is_gated(layer.mlp)
+        and any(_copies(type(attention).forward, known.forward) for known, _ in _ATTENTION)
+        and _rotates(type(attention).forward)
+        and all(_is_rms_norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name))
+        and all(type(part) in (nn.Linear, linears.Linear) for part in _projections(layer))
+    )
+
+
+def _projections(layer: Any) -> tuple[nn.Module, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return (*heads, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def _weights(layer: Any) -> cpu_kernels.LayerWeights:
+    """What is bound to `layer` now."""
+    attention = layer.self_attn
+    heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, *heads)
+    return cpu_kernels.LayerWeights(
+        tuple((part._parameters["weight"], part._parameters["bias"]) for part in _projections(layer)),  # type: ignore[misc]
+        tuple(norm and (norm._parameters["weight"], norm.variance_epsilon) for norm in norms),
+    )
+
+
+def _decoder_layer(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: object = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    context, attention = current_context(), self.self_attn
+    if context is not None and attention_mask is None and position_embeddings is not None:
+        window = next(window for known, window in _ATTENTION if _copies(type(attention).forward, known.forward))
+        singles, longer = context.singles(window(attention) or 0)
+        pool = context.store.keys[attention.layer_idx], context.store.values[attention.layer_idx]
+        if not longer and cpu_kernels.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
+            return cpu_kernels.layer(
+                hidden_states, weights, position_embeddings, context.slots, pool, singles, attention.scaling
+            )
+    return type(self).forward(  # type: ignore[no-any-return]
+        self,
+        hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
 
 
 def _copies(function: object, original: object) -> bool:

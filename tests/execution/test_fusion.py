@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral.modeling_mistral import MistralMLP
 from transformers.models.phi.modeling_phi import PhiAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm
 
-from raytier.execution import cpu_kernels, fusion
+from raytier.checkpoint.architecture import ATTENTION_NAME, decoder_layers
+from raytier.checkpoint.manifest import KVLayerSpec
+from raytier.engine.step import SequenceChunk
+from raytier.execution import cpu_kernels, fusion, linears
+from raytier.execution.attention import ForwardContext, forward_context
+from raytier.execution.kv_store import KVStore
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +95,115 @@ def test_without_kernels_linear_layers_alone_are_adopted(monkeypatch: pytest.Mon
     module = llama.LlamaRMSNorm(32)
     fusion.adopt(module)
     assert "forward" not in module.__dict__
+
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": 24, "head_dim": 32}),
+    "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+}
+
+
+class Lane:
+    """A model with its own KV, in one dtype, with kernels or without."""
+
+    def __init__(self, model: nn.Module, store: KVStore) -> None:
+        self.model, self.store = model, store
+
+    @torch.inference_mode()
+    def step(self, chunks: list[SequenceChunk]) -> torch.Tensor:
+        ids = [token for chunk in chunks for token in chunk.token_ids]
+        positions = [p for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk.token_ids))]
+        with forward_context(ForwardContext.build(self.store, chunks, torch.device("cpu"))):
+            output = self.model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), use_cache=False)
+        logits: torch.Tensor = output.logits[0]
+        return logits.double()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Lane]:
+    """The same model and the same KV three times: by kernels, by torch, and in fp32."""
+    kind, settings = ARCHITECTURES[request.param]
+    config = kind(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        max_position_embeddings=512,
+        **settings,
+    )
+    torch.manual_seed(1)
+    exact = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in exact.named_parameters():
+            spread = torch.randn_like(parameter)
+            parameter.copy_(
+                (1 + 0.1 * spread if parameter.dim() == 1 and "bias" not in name else 0.1 * spread).bfloat16()
+            )
+    spec = KVLayerSpec(2, 32, 32)
+    lanes = {}
+    for name, dtype in (("kernels", torch.bfloat16), ("torch", torch.bfloat16), ("exact", torch.float32)):
+        model = copy.deepcopy(exact).to(dtype)
+        model.set_attn_implementation(ATTENTION_NAME)
+        store = KVStore([spec] * 2, 200, 8, dtype, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(2)
+        for tensor in (*store.keys, *store.values):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator).bfloat16())
+        lanes[name] = Lane(model, store)
+    fusion.adopt(lanes["kernels"].model)
+    return lanes
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 8, 17, 33, 64, 65])
+def test_decoder_layers_at_once(
+    lanes: dict[str, Lane], sequences: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Logits and written KV are as near to exact ones as torch's are, for steps of single tokens and for mixed ones."""
+    calls = []
+    compute = cpu_kernels.layer
+    monkeypatch.setattr(cpu_kernels, "layer", lambda *a: calls.append(1) or compute(*a))
+    # Block tables of three blocks, scattered over the pool.
+    tables = [tuple(1 + (i * 3 + j) * 71 % 197 for j in range(3)) for i in range(sequences)]
+    single = [SequenceChunk(i, (i % 90,), 5 + i % 18, tables[i], None) for i in range(sequences)]
+    mixed = [SequenceChunk(i, tuple(range(1 + 2 * (i == 1))), 5 + i % 16, tables[i], None) for i in range(sequences)]
+    for chunks, fused in ((single, sequences <= cpu_kernels._library.most_rows), (mixed, False)):
+        if chunks is mixed and sequences == 1:
+            continue
+        calls.clear()
+        results = {}
+        for name, lane in lanes.items():
+            with monkeypatch.context() as patch:
+                if name != "kernels":
+                    patch.setattr(cpu_kernels, "_library", None)
+                results[name] = lane.step(chunks)
+        assert len(calls) == (2 if fused else 0)
+        ours, theirs = ((results[name] - results["exact"]).norm() for name in ("kernels", "torch"))
+        assert ours <= 1.2 * theirs
+        for mine, exact in zip(lanes["kernels"].store.keys, lanes["exact"].store.keys, strict=True):
+            assert float((mine.double() - exact.double()).norm() / exact.double().norm()) < 2e-2
+        for lane in lanes.values():  # the next comparison begins with equal KV
+            for tensors, source in (
+                (lane.store.keys, lanes["exact"].store.keys),
+                (lane.store.values, lanes["exact"].store.values),
+            ):
+                for tensor, wanted in zip(tensors, source, strict=True):
+                    tensor.copy_(wanted)
+
+
+def test_what_does_not_suit_runs_as_transformers_has_it(
+    lanes: dict[str, Lane], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight in oneDNN's layout is on meta: the layer runs in parts."""
+    model = lanes["kernels"].model
+    monkeypatch.setattr(cpu_kernels, "layer", None)  # would fail
+    for layer in decoder_layers(model):
+        if not linears.can_pack(layer.mlp.up_proj, torch.bfloat16):
+            pytest.skip("oneDNN packs no bf16 here")
+        linears.bind(layer.mlp.up_proj, linears.pack(layer.mlp.up_proj.weight))
+        layer.mlp.up_proj._parameters["weight"] = torch.empty(192, 128, dtype=torch.bfloat16, device="meta")
+    chunks = [SequenceChunk(0, (5,), 9, (1, 2, 3), None)]
+    result, expected = (lanes[name].step(chunks) for name in ("kernels", "torch"))
+    assert float((result - expected).norm() / expected.norm()) < 5e-2

@@ -43,3 +43,49 @@ static inline void transpose(__m512i r[16])
         r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
     }
 }
+
+static inline __m512 load16(const bf16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+static inline void store16(bf16 *p, __m512 v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }
+
+/* ---- linear_bf16.c: what one thread does of a linear layer ---- */
+
+/* Before and after a thread computes by tiles. */
+void linear_begin(int tiles);
+void linear_end(int tiles);
+/* Rows that `M` rows take when they are arranged for tiles. */
+long linear_room(long M);
+/* x [M][K] as `linear_columns` takes it: itself, or arranged in `room`, 64-byte aligned, [linear_room(M)][K]. */
+const bf16 *linear_prepare(const bf16 *x, bf16 *room, long M, long K, int tiles);
+/* out[m * S + n] for n in [0, N) of weight [N][K] and bias [N] or NULL; N a multiple of 16, K of 32. */
+void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S, long K,
+                    int tiles);
+/* So many columns of N at a time: small enough that threads of unequal speed end together. */
+long linear_chunk(long N, int threads);
+
+/* ---- decode_bf16.c ---- */
+
+/* One layer of the pool: slot s of head h at keys[h * head + s * dim], values likewise. */
+typedef struct {
+    bf16 *keys, *values;
+    long head;
+} pool_t;
+
+typedef struct {
+    const int64_t *slots; /* of every token */
+    long tokens, heads, kv_heads, dim;
+    /* Single tokens that attend: row in the batch, and which runs (first slot, count) hold what they see. */
+    long spans;
+    const int64_t *row, *runs_begin, *runs;
+    float scale;
+    const bf16 *sinks; /* [heads] or NULL */
+} attend_t;
+
+/* out = weight * bf16(x / sqrt(mean(x^2) + eps)); dim a multiple of 16. */
+void norm_row(const bf16 *x, const bf16 *weight, bf16 *out, long dim, float eps);
+/* out = bf16(silu(gate)) * up over n numbers, a multiple of 16. */
+void silu_mul(const bf16 *gate, const bf16 *up, bf16 *out, long n);
+/* to = from * cos + rotate_half(from) * sin, all [dim], a multiple of 32; `to` may be `from`. */
+void rotate(const bf16 *from, bf16 *to, const bf16 *cos, const bf16 *sin, long dim);
+/* Task i of spans * kv_heads: the queries of one KV head of one span; q and out [tokens][heads][dim]. */
+void attend_task(const attend_t *a, const pool_t *pool, const bf16 *q, bf16 *out, long i, int threads);

@@ -17,10 +17,6 @@
 #define MOST_GROUP 32
 #define MOST_DIM 256
 
-static inline __m512 load16(const bf16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
-static inline void store16(bf16 *p, __m512 v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
-static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }
-
 /* e^x for x <= 0 (or NaN), by 2^n * 2^f with a polynomial in f of [-1/2, 1/2]: 2 ulp. */
 static inline __m512 exp16(__m512 x)
 {
@@ -42,40 +38,46 @@ static inline __m512 exp16(__m512 x)
 
 /* ---- norm and activation ---- */
 
-/* out[row] = weight * bf16(x[row] / sqrt(mean(x[row]^2) + eps)); dim a multiple of 16. */
+void norm_row(const bf16 *x, const bf16 *weight, bf16 *out, long dim, float eps)
+{
+    __m512 sum = _mm512_setzero_ps();
+    for (long i = 0; i < dim; i += 16) {
+        const __m512 v = load16(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)dim + eps));
+    for (long i = 0; i < dim; i += 16)
+        store16(out + i, _mm512_mul_ps(load16(weight + i), rounded(_mm512_mul_ps(load16(x + i), scale))));
+}
+
+/* x and out [rows][dim]. */
 void raytier_rms_norm_bf16(const bf16 *x, const bf16 *weight, bf16 *out, long rows, long dim, float eps, int threads)
 {
 #pragma omp parallel for num_threads(threads) if (rows > 4)
-    for (long row = 0; row < rows; row++) {
-        const bf16 *from = x + row * dim;
-        __m512 sum = _mm512_setzero_ps();
-        for (long i = 0; i < dim; i += 16) {
-            const __m512 v = load16(from + i);
-            sum = _mm512_fmadd_ps(v, v, sum);
-        }
-        const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)dim + eps));
-        for (long i = 0; i < dim; i += 16) {
-            const __m512 v = rounded(_mm512_mul_ps(load16(from + i), scale));
-            store16(out + row * dim + i, _mm512_mul_ps(load16(weight + i), v));
-        }
+    for (long row = 0; row < rows; row++)
+        norm_row(x + row * dim, weight, out + row * dim, dim, eps);
+}
+
+void silu_mul(const bf16 *gate, const bf16 *up, bf16 *out, long n)
+{
+    for (long i = 0; i < n; i += 16) {
+        const __m512 x = load16(gate + i);
+        /* e^-|x|, which exp16 is made for: 1 / (1 + e^-x) is 1 / (1 + e) or e / (1 + e). */
+        const __m512 e = exp16(_mm512_or_ps(x, _mm512_set1_ps(-0.0f)));
+        const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+        const __m512 top = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), negative, e);
+        const __m512 sigmoid = _mm512_div_ps(top, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+        store16(out + i, _mm512_mul_ps(rounded(_mm512_mul_ps(x, sigmoid)), load16(up + i)));
     }
 }
 
-/* out = bf16(silu(gate)) * up over n numbers, a multiple of 16. */
 void raytier_silu_mul_bf16(const bf16 *gate, const bf16 *up, bf16 *out, long n, int threads)
 {
 #pragma omp parallel num_threads(threads) if (n > 8192)
     {
         const long count = omp_get_num_threads(), self = omp_get_thread_num(), blocks = n / 16;
-        for (long i = blocks * self / count * 16; i < blocks * (self + 1) / count * 16; i += 16) {
-            const __m512 x = load16(gate + i);
-            /* e^-|x|, which exp16 is made for: 1 / (1 + e^-x) is 1 / (1 + e) or e / (1 + e). */
-            const __m512 e = exp16(_mm512_or_ps(x, _mm512_set1_ps(-0.0f)));
-            const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
-            const __m512 top = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), negative, e);
-            const __m512 sigmoid = _mm512_div_ps(top, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
-            store16(out + i, _mm512_mul_ps(rounded(_mm512_mul_ps(x, sigmoid)), load16(up + i)));
-        }
+        const long begin = blocks * self / count * 16, end = blocks * (self + 1) / count * 16;
+        silu_mul(gate + begin, up + begin, out + begin, end - begin);
     }
 }
 
@@ -87,8 +89,7 @@ typedef struct {
 
 /* ---- rotary embedding ---- */
 
-/* to = from * cos + rotate_half(from) * sin, with cos and sin [dim]; dim a multiple of 32. */
-static void rotate(const bf16 *from, bf16 *to, const bf16 *cos, const bf16 *sin, long dim)
+void rotate(const bf16 *from, bf16 *to, const bf16 *cos, const bf16 *sin, long dim)
 {
     const long half = dim / 2;
     for (long i = 0; i < half; i += 16) {
@@ -116,22 +117,6 @@ void raytier_rotate_bf16(const rows_t *q, const rows_t *k, const bf16 *cos, cons
 }
 
 /* ---- attention ---- */
-
-/* One layer of the pool: slot s of head h at keys[h * head + s * dim], values likewise. */
-typedef struct {
-    bf16 *keys, *values;
-    long head;
-} pool_t;
-
-typedef struct {
-    const int64_t *slots; /* of every token */
-    long tokens, heads, kv_heads, dim;
-    /* Single tokens that attend: row in the batch, and which runs (first slot, count) hold what they see. */
-    long spans;
-    const int64_t *row, *runs_begin, *runs;
-    float scale;
-    const bf16 *sinks; /* [heads] or NULL */
-} attend_t;
 
 /* Fetch rows [dim] into the second-level cache while something else is computed. */
 static inline void fetch(const bf16 *const *row, long count, long dim)
@@ -290,6 +275,14 @@ static void attend(const attend_t *a, const pool_t *pool, const bf16 *q, long sp
         }
 }
 
+void attend_task(const attend_t *a, const pool_t *pool, const bf16 *q, bf16 *out, long i, int threads)
+{
+    const long span = i / a->kv_heads, h = i % a->kv_heads;
+    const long place = (a->row[span] * a->heads + h * (a->heads / a->kv_heads)) * a->dim;
+    fetch_task(a, pool, i + threads);
+    attend(a, pool, q + place, span, h, out + place);
+}
+
 /* Write keys and values of all tokens to their slots, and let single tokens attend. Tokens of longer spans are attended
  * to by whoever called.
  *
@@ -299,7 +292,7 @@ static void attend(const attend_t *a, const pool_t *pool, const bf16 *q, long sp
 void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, const rows_t *k, const rows_t *v, bf16 *out,
                          int threads)
 {
-    const long group = a->heads / a->kv_heads, dim = a->dim;
+    const long dim = a->dim;
     const size_t size = sizeof(bf16) * (size_t)dim;
 #pragma omp parallel num_threads(threads)
     {
@@ -310,11 +303,7 @@ void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, c
             memcpy(pool->values + place, v->p + t * v->token + h * v->head, size);
         }
 #pragma omp for schedule(dynamic) nowait
-        for (long i = 0; i < a->spans * a->kv_heads; i++) {
-            const long span = i / a->kv_heads, h = i % a->kv_heads;
-            const long place = (a->row[span] * a->heads + h * group) * dim;
-            fetch_task(a, pool, i + omp_get_num_threads());
-            attend(a, pool, q + place, span, h, out + place);
-        }
+        for (long i = 0; i < a->spans * a->kv_heads; i++)
+            attend_task(a, pool, q, out, i, threads);
     }
 }

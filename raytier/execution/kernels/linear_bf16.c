@@ -47,7 +47,7 @@ static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512
 /* M rows of x against R rows of the weight. */
 #define DOT(M, R)                                                                                                      \
     static inline void dot_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *next, const bf16 *bias, bf16 *out,       \
-                                     long n, long N, long K)                                                           \
+                                     long n, long S, long K)                                                           \
     {                                                                                                                  \
         __m512 sum[R][M];                                                                                              \
         for (int r = 0; r < R; r++)                                                                                    \
@@ -68,14 +68,13 @@ static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512
         }                                                                                                              \
         for (int r = 0; r < R; r++)                                                                                    \
             for (int m = 0; m < M; m++)                                                                                \
-                out[m * N + n + r] = narrow(_mm512_reduce_add_ps(sum[r][m]) + bias_of(bias, n + r));                    \
+                out[m * S + n + r] = narrow(_mm512_reduce_add_ps(sum[r][m]) + bias_of(bias, n + r));                    \
     }                                                                                                                  \
-    static void dots_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long begin, long end,         \
-                               long N, long K)                                                                         \
+    static void dots_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long N, long S, long K)                                                                                 \
     {                                                                                                                  \
-        for (long n = begin; n < end; n += R) {                                                                        \
+        for (long n = 0; n < N; n += R) {                                                                              \
             const bf16 *here = w + n * K;                                                                              \
-            dot_##M##_##R(x, here, n + R < end ? here + R * K : here, bias, out, n, N, K);                              \
+            dot_##M##_##R(x, here, n + R < N ? here + R * K : here, bias, out, n, S, K);                              \
         }                                                                                                              \
     }
 
@@ -88,17 +87,17 @@ DOT(6, 2)
 DOT(7, 2)
 DOT(8, 2)
 
-static void dots(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long begin, long end, long M, long N, long K)
+static void dots(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long M, long N, long S, long K)
 {
     switch (M) {
-    case 1: dots_1_4(x, w, bias, out, begin, end, N, K); break;
-    case 2: dots_2_4(x, w, bias, out, begin, end, N, K); break;
-    case 3: dots_3_4(x, w, bias, out, begin, end, N, K); break;
-    case 4: dots_4_4(x, w, bias, out, begin, end, N, K); break;
-    case 5: dots_5_2(x, w, bias, out, begin, end, N, K); break;
-    case 6: dots_6_2(x, w, bias, out, begin, end, N, K); break;
-    case 7: dots_7_2(x, w, bias, out, begin, end, N, K); break;
-    case 8: dots_8_2(x, w, bias, out, begin, end, N, K); break;
+    case 1: dots_1_4(x, w, bias, out, N, S, K); break;
+    case 2: dots_2_4(x, w, bias, out, N, S, K); break;
+    case 3: dots_3_4(x, w, bias, out, N, S, K); break;
+    case 4: dots_4_4(x, w, bias, out, N, S, K); break;
+    case 5: dots_5_2(x, w, bias, out, N, S, K); break;
+    case 6: dots_6_2(x, w, bias, out, N, S, K); break;
+    case 7: dots_7_2(x, w, bias, out, N, S, K); break;
+    case 8: dots_8_2(x, w, bias, out, N, S, K); break;
     }
 }
 
@@ -129,8 +128,8 @@ static void arrange(const bf16 *x, bf16 *tiles, long steps, long M, long MB, lon
         }
 }
 
-/* A tile of sums [16 n][16 m], as it was stored, into out[m][n]. */
-static inline void finish(const float *sums, const bf16 *bias, bf16 *out, long n, long m, long M, long N)
+/* A tile of sums [16 n][16 m], as it was stored, into out[m * S + n]. */
+static inline void finish(const float *sums, const bf16 *bias, bf16 *out, long n, long m, long M, long S)
 {
     __m512i r[16];
     for (int i = 0; i < 16; i++)
@@ -139,20 +138,20 @@ static inline void finish(const float *sums, const bf16 *bias, bf16 *out, long n
     __m512 add = bias ? widen(_mm256_loadu_si256((const __m256i *)(bias + n))) : _mm512_setzero_ps();
     for (int i = 0; i < 16 && m + i < M; i++) {
         __m256bh rounded = _mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), add));
-        _mm256_storeu_si256((__m256i *)(out + (m + i) * N + n), (__m256i)rounded);
+        _mm256_storeu_si256((__m256i *)(out + (m + i) * S + n), (__m256i)rounded);
     }
 }
 
 /* MB tiles of activations (rows that are not there are zeros) against one of the weight at a time, whose next columns
    are fetched a little ahead: further, or over more rows at once, was slower. */
 #define TILES(MB, STEP)                                                                                                \
-    static void tiles_##MB(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long begin, long end, long M,     \
-                           long N, long K)                                                                             \
+    static void tiles_##MB(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long M, long N, long S,     \
+                           long K)                                                                                     \
     {                                                                                                                  \
         float sums[256] __attribute__((aligned(64)));                                                                  \
         const long steps = K / 32;                                                                                     \
-        for (long n = begin; n < end; n += 16) {                                                                       \
-            const bf16 *here = w + n * K, *next = n + 16 < end ? here + 16 * K : here;                                  \
+        for (long n = 0; n < N; n += 16) {                                                                             \
+            const bf16 *here = w + n * K, *next = n + 16 < N ? here + 16 * K : here;                                  \
             _tile_zero(0);                                                                                             \
             _tile_zero(1);                                                                                             \
             _tile_zero(2);                                                                                             \
@@ -166,16 +165,16 @@ static inline void finish(const float *sums, const bf16 *bias, bf16 *out, long n
                 STEP                                                                                                   \
             }                                                                                                          \
             _tile_stored(0, sums, 64);                                                                                 \
-            finish(sums, bias, out, n, 0, M, N);                                                                       \
+            finish(sums, bias, out, n, 0, M, S);                                                                       \
             if (MB > 1) {                                                                                              \
                 _tile_stored(1, sums, 64);                                                                             \
-                finish(sums, bias, out, n, 16, M, N);                                                                  \
+                finish(sums, bias, out, n, 16, M, S);                                                                  \
             }                                                                                                          \
             if (MB > 2) {                                                                                              \
                 _tile_stored(2, sums, 64);                                                                             \
-                finish(sums, bias, out, n, 32, M, N);                                                                  \
+                finish(sums, bias, out, n, 32, M, S);                                                                  \
                 _tile_stored(3, sums, 64);                                                                             \
-                finish(sums, bias, out, n, 48, M, N);                                                                  \
+                finish(sums, bias, out, n, 48, M, S);                                                                  \
             }                                                                                                          \
         }                                                                                                              \
     }
@@ -187,32 +186,65 @@ TILES(1, MULTIPLY(0, 5))
 TILES(2, MULTIPLY(0, 5) MULTIPLY(1, 6))
 TILES(4, MULTIPLY(0, 5) MULTIPLY(1, 6) MULTIPLY(2, 7) MULTIPLY(3, 5))
 
+void linear_begin(int tiles)
+{
+    if (tiles)
+        configure();
+}
+
+void linear_end(int tiles)
+{
+    if (tiles)
+        _tile_release(); /* oneDNN has another configuration */
+}
+
+long linear_room(long M) { return M <= 16 ? 16 : M <= 32 ? 32 : 64; }
+
+const bf16 *linear_prepare(const bf16 *x, bf16 *room, long M, long K, int tiles)
+{
+    if (!tiles)
+        return x;
+    arrange(x, room, K / 32, M, linear_room(M) / 16, K);
+    return room;
+}
+
+void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S, long K,
+                    int tiles)
+{
+    if (!tiles)
+        dots(prepared, weight, bias, out, M, N, S, K);
+    else if (M <= 16)
+        tiles_1(prepared, weight, bias, out, M, N, S, K);
+    else if (M <= 32)
+        tiles_2(prepared, weight, bias, out, M, N, S, K);
+    else
+        tiles_4(prepared, weight, bias, out, M, N, S, K);
+}
+
+long linear_chunk(long N, int threads)
+{
+    const long chunk = (N / (8L * threads) + 15) / 16 * 16;
+    return chunk < 64 ? 64 : chunk;
+}
+
 /* out [M][N] = x [M][K] * weight [N][K]^T + bias [N]; N a multiple of 16, K of 32.
  *
- * scratch: for tiles, 64-byte aligned room for each thread for as many rows of x as 1, 2 or 4 tiles have. Each arranges x
- * for itself: to get what another core has just written takes longer.
+ * scratch: for tiles, 64-byte aligned room for x for each thread. Each arranges it for itself: to get what another core
+ * has just written takes longer.
  */
 void raytier_linear_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *out, bf16 *scratch, long M, long N,
                          long K, int threads, int tiles)
 {
-    const long MB = M <= 16 ? 1 : M <= 32 ? 2 : 4;
+    const long chunk = linear_chunk(N, threads);
 #pragma omp parallel num_threads(threads)
     {
-        const long count = omp_get_num_threads(), self = omp_get_thread_num();
-        const long blocks = N / 16, begin = blocks * self / count * 16, end = blocks * (self + 1) / count * 16;
-        if (!tiles) {
-            dots(x, weight, bias, out, begin, end, M, N, K);
-        } else {
-            bf16 *const arranged = scratch + self * MB * 16 * K;
-            arrange(x, arranged, K / 32, M, MB, K);
-            configure();
-            if (MB == 1)
-                tiles_1(arranged, weight, bias, out, begin, end, M, N, K);
-            else if (MB == 2)
-                tiles_2(arranged, weight, bias, out, begin, end, M, N, K);
-            else
-                tiles_4(arranged, weight, bias, out, begin, end, M, N, K);
-            _tile_release(); /* oneDNN has another configuration */
-        }
+        bf16 *room = scratch + omp_get_thread_num() * linear_room(M) * K;
+        const bf16 *prepared = linear_prepare(x, room, M, K, tiles);
+        linear_begin(tiles);
+#pragma omp for schedule(dynamic) nowait
+        for (long n = 0; n < N; n += chunk)
+            linear_columns(prepared, weight + n * K, bias ? bias + n : NULL, out + n, M, N - n < chunk ? N - n : chunk, N,
+                           K, tiles);
+        linear_end(tiles);
     }
 }
