@@ -58,8 +58,8 @@ long linear_room(long M);
 /* x [M][K] as `linear_columns` takes it: itself, or arranged in `room`, 64-byte aligned, [linear_room(M)][K]. */
 const bf16 *linear_prepare(const bf16 *x, bf16 *room, long M, long K, int tiles);
 /* out[m * S + n] for n in [0, N) of weight [N][K] and bias [N] or NULL; N a multiple of 16, K of 32. */
-void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S, long K,
-                    int tiles);
+void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S,
+                    long K, int tiles);
 /* So many columns of N at a time: small enough that threads of unequal speed end together. */
 long linear_chunk(long N, int threads);
 

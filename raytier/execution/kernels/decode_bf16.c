@@ -159,7 +159,7 @@ static void score(const bf16 *q, const bf16 *const key[16], int valid, float *sc
             __m512 sum[G][PART / 16];                                                                                  \
             for (int g = 0; g < G; g++)                                                                                \
                 for (int i = 0; i < PART / 16; i++)                                                                    \
-                    sum[g][i] = i < width ? _mm512_loadu_ps(sums + g * dim + part + i * 16) : _mm512_setzero_ps();      \
+                    sum[g][i] = i < width ? _mm512_loadu_ps(sums + g * dim + part + i * 16) : _mm512_setzero_ps();     \
             for (long j = 0; j < count; j++) {                                                                         \
                 __m512 row[PART / 16];                                                                                 \
                 for (int i = 0; i < PART / 16; i++)                                                                    \
@@ -286,11 +286,11 @@ void attend_task(const attend_t *a, const pool_t *pool, const bf16 *q, bf16 *out
 /* Write keys and values of all tokens to their slots, and let single tokens attend. Tokens of longer spans are attended
  * to by whoever called.
  *
- * q and out [tokens][heads][dim], of which rows of single tokens alone are read and written. Keys and values are equally
- * wide; dim is a multiple of 32 and at most MOST_DIM, heads / kv_heads at most MOST_GROUP.
+ * q and out [tokens][heads][dim], of which rows of single tokens alone are read and written. Keys and values are as wide
+ * as each other; dim is a multiple of 32 and at most MOST_DIM, heads / kv_heads at most MOST_GROUP.
  */
-void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, const rows_t *k, const rows_t *v, bf16 *out,
-                         int threads)
+void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, const rows_t *k, const rows_t *v,
+                         bf16 *out, int threads)
 {
     const long dim = a->dim;
     const size_t size = sizeof(bf16) * (size_t)dim;

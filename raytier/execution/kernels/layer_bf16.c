@@ -1,8 +1,8 @@
-/* A whole decoder layer of the kind that Llama, Mistral and Qwen have, for a decode step in bf16: by parts it takes torch and
- * Python longer to get from one kernel to the next than the kernels need for what is not a weight.
+/* A whole decoder layer of the kind that Llama, Mistral and Qwen have, for a decode step in bf16: by parts it takes torch
+ * and Python longer to get from one kernel to the next than the kernels need for what is not a weight.
  *
- * x + o(attention(norm(x))) =: middle; middle + down(silu(gate(norm(middle))) * up(norm(middle))); every result is rounded
- * to bf16 where transformers' modules round it.
+ * x + o(attention(norm(x))) =: middle; middle + down(silu(gate(norm(middle))) * up(norm(middle))); every result is
+ * rounded to bf16 where transformers' modules round it.
  */
 #include <omp.h>
 
@@ -22,6 +22,17 @@ typedef struct {
 } layer_t;
 
 static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long most(long a, long b) { return a > b ? a : b; }
+
+/* Inputs of the widest projection. */
+static long widest_of(const layer_t *l) { return most(l->hidden, most(l->gate.outputs, l->q.outputs)); }
+
+/* What every thread has for itself: arranged activations, normed ones and two parts of results; a multiple of 64 bytes. */
+static long own_work(const layer_t *l, long M, int threads)
+{
+    const long widest = widest_of(l), arranged = linear_room(M) * widest, parts = 2 * M * linear_chunk(widest, threads);
+    return (arranged + M * l->hidden + parts + 31) / 32 * 32;
+}
 
 /* out[m][n] = base[m][n] + projection(prepared)[m][n] for n in [begin, end). */
 static void add_projection(const projection_t *p, const bf16 *prepared, const bf16 *base, bf16 *out, bf16 *part,
@@ -39,11 +50,8 @@ static void add_projection(const projection_t *p, const bf16 *prepared, const bf
 /* Numbers of bf16 that `work` holds, for M tokens and so many threads. */
 long raytier_layer_work_bf16(const layer_t *l, long M, int threads)
 {
-    const long inner = l->gate.outputs, attended = l->q.outputs;
-    const long widest = inner > attended ? (inner > l->hidden ? inner : l->hidden) : (attended > l->hidden ? attended : l->hidden);
-    const long shared = M * (2 * attended + l->k.outputs + l->v.outputs + l->hidden + inner);
-    const long own = M * l->hidden + linear_room(M) * widest + 2 * M * linear_chunk(widest, threads);
-    return shared + (own + 32) * threads + 32;
+    const long outputs = 2 * l->q.outputs + l->k.outputs + l->v.outputs + l->hidden + l->gate.outputs;
+    return M * outputs + own_work(l, M, threads) * threads + 32;
 }
 
 /* out [tokens][hidden] of x [tokens][hidden]: single tokens all of them. cos, sin [tokens][dim]. */
@@ -54,8 +62,7 @@ void raytier_layer_bf16(const layer_t *l, const attend_t *a, const pool_t *pool,
     const long group = a->heads / a->kv_heads;
     bf16 *q = work, *k = q + M * attended, *v = k + M * l->k.outputs, *seen = v + M * l->v.outputs;
     bf16 *middle = seen + M * attended, *active = middle + M * H, *rest = active + M * inner;
-    const long widest = inner > attended ? (inner > H ? inner : H) : (attended > H ? attended : H);
-    const long own = (M * H + linear_room(M) * widest + 2 * M * linear_chunk(widest, threads) + 31) / 32 * 32;
+    const long widest = widest_of(l), own = own_work(l, M, threads);
     rest = (bf16 *)(((uintptr_t)rest + 63) / 64 * 64);
 
 #pragma omp parallel num_threads(threads)
@@ -111,9 +118,10 @@ void raytier_layer_bf16(const layer_t *l, const attend_t *a, const pool_t *pool,
 #pragma omp for schedule(dynamic)
         for (long n = 0; n < inner; n += chunk) {
             const long width = least(chunk, inner - n);
-            const bf16 *gate_bias = l->gate.bias ? l->gate.bias + n : NULL, *up_bias = l->up.bias ? l->up.bias + n : NULL;
-            linear_columns(prepared, l->gate.weight + n * H, gate_bias, part, M, width, width, H, tiles);
-            linear_columns(prepared, l->up.weight + n * H, up_bias, other, M, width, width, H, tiles);
+            const projection_t *const both[2] = {&l->gate, &l->up};
+            for (int i = 0; i < 2; i++)
+                linear_columns(prepared, both[i]->weight + n * H, both[i]->bias ? both[i]->bias + n : NULL,
+                               i ? other : part, M, width, width, H, tiles);
             for (long m = 0; m < M; m++)
                 silu_mul(part + m * width, other + m * width, active + m * inner + n, width);
         }

@@ -1,4 +1,4 @@
-/* Linear layers in bf16 for few rows: out[m][n] = sum over k of x[m][k] * weight[n][k] (+ bias[n]), as torch's F.linear.
+/* Linear layers in bf16 for few rows, as torch's F.linear: out[m][n] = sum over k of x[m][k] * weight[n][k] (+ bias[n]).
  *
  * With few rows such a product takes as long as its weights take to come from memory, so the kernels are made for that:
  * weights are read once, in the layout that they have in a checkpoint, from wherever they lie, and fetched ahead.
@@ -46,7 +46,7 @@ static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512
 
 /* M rows of x against R rows of the weight. */
 #define DOT(M, R)                                                                                                      \
-    static inline void dot_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *next, const bf16 *bias, bf16 *out,       \
+    static inline void dot_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *next, const bf16 *bias, bf16 *out,      \
                                      long n, long S, long K)                                                           \
     {                                                                                                                  \
         __m512 sum[R][M];                                                                                              \
@@ -54,7 +54,7 @@ static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512
             for (int m = 0; m < M; m++)                                                                                \
                 sum[r][m] = _mm512_setzero_ps();                                                                       \
         for (long k = 0; k < K; k += 32) {                                                                             \
-            const bf16 *ahead = k + DOT_AHEAD < K ? w + k + DOT_AHEAD : next + k + DOT_AHEAD - K;                                  \
+            const bf16 *ahead = k + DOT_AHEAD < K ? w + k + DOT_AHEAD : next + k + DOT_AHEAD - K;                      \
             __m512bh row[R];                                                                                           \
             for (int r = 0; r < R; r++) {                                                                              \
                 _mm_prefetch((const char *)(ahead + r * K), _MM_HINT_T0);                                              \
@@ -68,13 +68,13 @@ static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512
         }                                                                                                              \
         for (int r = 0; r < R; r++)                                                                                    \
             for (int m = 0; m < M; m++)                                                                                \
-                out[m * S + n + r] = narrow(_mm512_reduce_add_ps(sum[r][m]) + bias_of(bias, n + r));                    \
+                out[m * S + n + r] = narrow(_mm512_reduce_add_ps(sum[r][m]) + bias_of(bias, n + r));                   \
     }                                                                                                                  \
-    static void dots_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long N, long S, long K)                                                                                 \
+    static void dots_##M##_##R(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long N, long S, long K)      \
     {                                                                                                                  \
         for (long n = 0; n < N; n += R) {                                                                              \
             const bf16 *here = w + n * K;                                                                              \
-            dot_##M##_##R(x, here, n + R < N ? here + R * K : here, bias, out, n, S, K);                              \
+            dot_##M##_##R(x, here, n + R < N ? here + R * K : here, bias, out, n, S, K);                               \
         }                                                                                                              \
     }
 
@@ -145,22 +145,22 @@ static inline void finish(const float *sums, const bf16 *bias, bf16 *out, long n
 /* MB tiles of activations (rows that are not there are zeros) against one of the weight at a time, whose next columns
    are fetched a little ahead: further, or over more rows at once, was slower. */
 #define TILES(MB, STEP)                                                                                                \
-    static void tiles_##MB(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long M, long N, long S,     \
+    static void tiles_##MB(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *out, long M, long N, long S,          \
                            long K)                                                                                     \
     {                                                                                                                  \
         float sums[256] __attribute__((aligned(64)));                                                                  \
         const long steps = K / 32;                                                                                     \
         for (long n = 0; n < N; n += 16) {                                                                             \
-            const bf16 *here = w + n * K, *next = n + 16 < N ? here + 16 * K : here;                                  \
+            const bf16 *here = w + n * K, *next = n + 16 < N ? here + 16 * K : here;                                   \
             _tile_zero(0);                                                                                             \
             _tile_zero(1);                                                                                             \
             _tile_zero(2);                                                                                             \
             _tile_zero(3);                                                                                             \
             for (long k = 0; k < steps; k++) {                                                                         \
                 const bf16 *b = x + k * MB * 512;                                                                      \
-                const bf16 *ahead = (k + TILES_AHEAD < steps ? here : next - K) + (k + TILES_AHEAD) * 32;               \
+                const bf16 *ahead = (k + TILES_AHEAD < steps ? here : next - K) + (k + TILES_AHEAD) * 32;              \
                 for (int r = 0; r < 16; r++)                                                                           \
-                    _mm_prefetch((const char *)(ahead + r * K), _MM_HINT_T1);                                           \
+                    _mm_prefetch((const char *)(ahead + r * K), _MM_HINT_T1);                                          \
                 _tile_loadd(4, here + k * 32, 2 * K);                                                                  \
                 STEP                                                                                                   \
             }                                                                                                          \
@@ -208,8 +208,8 @@ const bf16 *linear_prepare(const bf16 *x, bf16 *room, long M, long K, int tiles)
     return room;
 }
 
-void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S, long K,
-                    int tiles)
+void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S,
+                    long K, int tiles)
 {
     if (!tiles)
         dots(prepared, weight, bias, out, M, N, S, K);
@@ -243,8 +243,8 @@ void raytier_linear_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf
         linear_begin(tiles);
 #pragma omp for schedule(dynamic) nowait
         for (long n = 0; n < N; n += chunk)
-            linear_columns(prepared, weight + n * K, bias ? bias + n : NULL, out + n, M, N - n < chunk ? N - n : chunk, N,
-                           K, tiles);
+            linear_columns(prepared, weight + n * K, bias ? bias + n : NULL, out + n, M, N - n < chunk ? N - n : chunk,
+                           N, K, tiles);
         linear_end(tiles);
     }
 }
