@@ -8,6 +8,8 @@ import mmap
 
 #: Alignment in bytes of offset, length and address of every disk read. Every block device accepts 4096.
 ALIGNMENT = 4096
+#: Bytes of a huge page.
+_HUGE = 2 << 20
 
 
 def align_down(value: int) -> int:
@@ -26,19 +28,22 @@ def address_of(buffer: memoryview | mmap.mmap) -> int:
 class AlignedBuffer:
     """Anonymous private memory of `nbytes` (rounded up to `ALIGNMENT`), zero until written.
 
-    Pages are taken when first touched, huge ones where the kernel allows: pinning and unpinning the pages of
-    a direct read then costs hundreds of times fewer operations.
+    Pages are taken when first touched, huge ones where the kernel allows and the buffer fills them: touching, pinning
+    and unpinning the pages of a direct read then costs hundreds of times fewer operations.
     """
 
     def __init__(self, nbytes: int) -> None:
         if nbytes <= 0:
             raise ValueError(f"a buffer of {nbytes} bytes: give a positive size")
         self.nbytes = align_up(nbytes)
-        memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: only slower
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self.address = address_of(memory)
-        self._view: memoryview | None = memoryview(memory)
+        whole = self.nbytes // _HUGE * _HUGE  # of huge pages; what lies around them is never touched
+        memory = mmap.mmap(-1, self.nbytes + (_HUGE if whole else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        begin = -address_of(memory) % _HUGE if whole else 0
+        if whole:
+            with contextlib.suppress(OSError):  # a kernel without transparent huge pages: only slower
+                memory.madvise(mmap.MADV_HUGEPAGE, begin, whole)
+        self.address = address_of(memory) + begin
+        self._view: memoryview | None = memoryview(memory)[begin : begin + self.nbytes]
 
     @property
     def view(self) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,3 +52,29 @@ def test_memory_returns_to_the_system_when_closed() -> None:
 def test_refuses_nothing() -> None:
     with pytest.raises(ValueError, match="positive"):
         AlignedBuffer(0)
+
+
+def test_huge_pages_fill_a_buffer_and_nothing_around_it_is_taken() -> None:
+    chosen = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not chosen.exists() or "[never]" in chosen.read_text():
+        pytest.skip("no transparent huge pages here")
+    before = resident()
+    with AlignedBuffer(3 * 2**21 + ALIGNMENT) as buffer:
+        assert buffer.address % 2**21 == 0
+        np.frombuffer(buffer.view, dtype=np.uint8)[:] = 1
+        # Other memory of the process may come and go, by less than another huge page.
+        assert buffer.nbytes <= resident() - before < buffer.nbytes + 2**20
+        assert huge_pages(buffer.address) in (0, 3 * 2**21), "all of them, if there is one to be had"
+
+
+def resident() -> int:
+    """Anonymous memory of this process in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def huge_pages(address: int) -> int:
+    """Bytes of huge pages in the mapping that begins at `address`."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.startswith(f"{address:x}-") for line in lines)
+    return int(next(line.split()[1] for line in lines if line.startswith("AnonHugePages:"))) * 1024
