@@ -53,6 +53,7 @@ class _Attend(ctypes.Structure):
         ("runs", _POINTER),
         ("scale", _FLOAT),
         ("sinks", _POINTER),
+        ("tiles", _INT),
     )
 
 
@@ -311,6 +312,7 @@ def _pool(pool: tuple[Tensor, Tensor]) -> _Pool:
 def _attend_order(
     shape: Sequence[int], kv_heads: int, slots: Tensor, spans: Spans, scale: float, sinks: Tensor | None
 ) -> _Attend:
+    assert _library is not None
     tokens, heads, dim = shape
     return _Attend(
         slots.data_ptr(),
@@ -324,6 +326,7 @@ def _attend_order(
         spans.runs.data_ptr(),
         scale,
         sinks.data_ptr() if sinks is not None else None,
+        _library.tiles,
     )
 
 

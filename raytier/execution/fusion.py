@@ -9,6 +9,7 @@ constants are the same. Where a call does not suit the kernels (of another dtype
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from inspect import unwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeGuard
@@ -102,6 +103,12 @@ _ATTENTION: tuple[tuple[type[nn.Module], Callable[[Any], int | None]], ...] = (
 )
 
 
+@cache
+def _window_of(kind: type[nn.Module]) -> Callable[[Any], int | None] | None:
+    """How attention of `kind` names its window; None where it is not of those above."""
+    return next((window for known, window in _ATTENTION if _copies(kind.forward, known.forward)), None)
+
+
 def _is_decoder_layer(layer: Any) -> bool:
     """Whether `layer` is one as Llama has them, of parts that the kernels know."""
     # What transformers wraps it in concerns training.
@@ -112,7 +119,7 @@ def _is_decoder_layer(layer: Any) -> bool:
         _is_rms_norm(layer.input_layernorm)
         and _is_rms_norm(layer.post_attention_layernorm)
         and _is_gated(layer.mlp)
-        and any(_copies(type(attention).forward, known.forward) for known, _ in _ATTENTION)
+        and _window_of(type(attention)) is not None
         and _rotates(type(attention).forward)
         and all(_is_rms_norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name))
         and all(type(part) in (nn.Linear, linears.Linear) for part in _projections(layer))
@@ -148,7 +155,8 @@ def _decoder_layer(
 ) -> Tensor:
     context, attention = current_context(), self.self_attn
     if context is not None and attention_mask is None and position_embeddings is not None:
-        window = next(window for known, window in _ATTENTION if _copies(type(attention).forward, known.forward))
+        window = _window_of(type(attention))
+        assert window is not None
         singles, longer = context.singles(window(attention) or 0)
         pool = context.store.keys[attention.layer_idx], context.store.values[attention.layer_idx]
         if not longer and cpu_kernels.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):

@@ -79,6 +79,7 @@ typedef struct {
     const int64_t *row, *runs_begin, *runs;
     float scale;
     const bf16 *sinks; /* [heads] or NULL */
+    int tiles;         /* whether the processor has them; then within linear_begin and linear_end */
 } attend_t;
 
 /* out = weight * bf16(x / sqrt(mean(x^2) + eps)); dim a multiple of 16. */

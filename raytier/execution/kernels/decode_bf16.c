@@ -150,6 +150,42 @@ static void score(const bf16 *q, const bf16 *const key[16], int valid, float *sc
     }
 }
 
+/* The queries [group][dim] of one KV head as the second operand of tiles: one for each 16 of them and 32 columns. */
+static void arrange_queries(const bf16 *q, bf16 *tiles, long group, long dim)
+{
+    for (long first = 0; first < group; first += 16)
+        for (long part = 0; part < dim; part += 32, tiles += 512) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = first + i < group ? _mm512_loadu_si512(q + (first + i) * dim + part) : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < 16; i++)
+                _mm512_store_si512(tiles + i * 32, r[i]);
+        }
+}
+
+/* As `score`, of 16 keys that lie one after the other. */
+static void score_by_tiles(const bf16 *tiles, const bf16 *key, float *scores, long stride, long group, long dim,
+                           __m512 scale)
+{
+    float sums[256] __attribute__((aligned(64)));
+    for (long first = 0; first < group; first += 16) {
+        _tile_zero(0);
+        for (long part = 0; part < dim; part += 32, tiles += 512) {
+            _tile_loadd(1, key + part, 2 * dim);
+            _tile_loadd(2, tiles, 64);
+            _tile_dpbf16ps(0, 1, 2);
+        }
+        _tile_stored(0, sums, 64);
+        __m512i r[16]; /* [key][query] */
+        for (int i = 0; i < 16; i++)
+            r[i] = _mm512_load_si512(sums + i * 16);
+        transpose(r);
+        for (int i = 0; i < 16 && first + i < group; i++)
+            _mm512_store_ps(scores + (first + i) * stride, _mm512_mul_ps(_mm512_castsi512_ps(r[i]), scale));
+    }
+}
+
 /* sums[g][dim] += weights[g][j] * value[j][dim], for G queries and PART columns at a time. */
 #define GATHER(G, PART)                                                                                                \
     static void gather_##G(const bf16 *const *value, long count, const float *weights, float *sums, long dim)          \
@@ -199,6 +235,7 @@ static void attend(const attend_t *a, const pool_t *pool, const bf16 *q, long sp
     const long group = a->heads / a->kv_heads, dim = a->dim;
     float scores[MOST_GROUP * CHUNK] __attribute__((aligned(64)));
     float sums[MOST_GROUP * MOST_DIM] __attribute__((aligned(64)));
+    bf16 arranged[MOST_GROUP * MOST_DIM] __attribute__((aligned(64)));
     float top[MOST_GROUP], total[MOST_GROUP];
     const bf16 *keys[CHUNK], *values[CHUNK];
     memset(sums, 0, sizeof(float) * (size_t)(group * dim));
@@ -211,6 +248,8 @@ static void attend(const attend_t *a, const pool_t *pool, const bf16 *q, long sp
             total[g] = 0.0f;
         }
     }
+    if (a->tiles)
+        arrange_queries(q, arranged, group, dim);
     long run = a->runs_begin[span], used = 0;
     const long last = a->runs_begin[span + 1];
     while (run < last) {
@@ -234,7 +273,10 @@ static void attend(const attend_t *a, const pool_t *pool, const bf16 *q, long sp
                 fetch(keys + j + AHEAD, count - j - AHEAD < 16 ? count - j - AHEAD : 16, dim);
             const int valid = count - j < 16 ? (int)(count - j) : 16;
             fetch(values + j, valid, dim);
-            score(q, keys + j, valid, scores + j, CHUNK, group, dim, _mm512_set1_ps(a->scale));
+            if (a->tiles && valid == 16 && keys[j + 15] - keys[j] == 15 * dim)
+                score_by_tiles(arranged, keys[j], scores + j, CHUNK, group, dim, _mm512_set1_ps(a->scale));
+            else
+                score(q, keys + j, valid, scores + j, CHUNK, group, dim, _mm512_set1_ps(a->scale));
         }
         const long padded = (count + 15) / 16 * 16;
         for (long g = 0; g < group; g++) {
@@ -286,8 +328,8 @@ void attend_task(const attend_t *a, const pool_t *pool, const bf16 *q, bf16 *out
 /* Write keys and values of all tokens to their slots, and let single tokens attend. Tokens of longer spans are attended
  * to by whoever called.
  *
- * q and out [tokens][heads][dim], of which rows of single tokens alone are read and written. Keys and values are as wide
- * as each other; dim is a multiple of 32 and at most MOST_DIM, heads / kv_heads at most MOST_GROUP.
+ * q and out [tokens][heads][dim], of which rows of single tokens alone are read and written. Keys are as wide as values;
+ * dim is a multiple of 32 and at most MOST_DIM, heads / kv_heads at most MOST_GROUP.
  */
 void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, const rows_t *k, const rows_t *v,
                          bf16 *out, int threads)
@@ -302,8 +344,10 @@ void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, c
             memcpy(pool->keys + place, k->p + t * k->token + h * k->head, size);
             memcpy(pool->values + place, v->p + t * v->token + h * v->head, size);
         }
+        linear_begin(a->tiles);
 #pragma omp for schedule(dynamic) nowait
         for (long i = 0; i < a->spans * a->kv_heads; i++)
             attend_task(a, pool, q, out, i, threads);
+        linear_end(a->tiles);
     }
 }

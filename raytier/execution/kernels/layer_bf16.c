@@ -1,5 +1,5 @@
-/* A whole decoder layer of the kind that Llama, Mistral and Qwen have, for a decode step in bf16: by parts it takes torch
- * and Python longer to get from one kernel to the next than the kernels need for what is not a weight.
+/* A whole decoder layer of the kind that Llama, Mistral and Qwen have, for a decode step in bf16: by parts it takes
+ * torch and Python longer to get from one kernel to the next than the kernels need for what is not a weight.
  *
  * x + o(attention(norm(x))) =: middle; middle + down(silu(gate(norm(middle))) * up(norm(middle))); every result is
  * rounded to bf16 where transformers' modules round it.
@@ -27,7 +27,7 @@ static inline long most(long a, long b) { return a > b ? a : b; }
 /* Inputs of the widest projection. */
 static long widest_of(const layer_t *l) { return most(l->hidden, most(l->gate.outputs, l->q.outputs)); }
 
-/* What every thread has for itself: arranged activations, normed ones and two parts of results; a multiple of 64 bytes. */
+/* What every thread has for itself: arranged activations, normed ones, two parts of results; a multiple of 64 bytes. */
 static long own_work(const layer_t *l, long M, int threads)
 {
     const long widest = widest_of(l), arranged = linear_room(M) * widest, parts = 2 * M * linear_chunk(widest, threads);
@@ -69,7 +69,7 @@ void raytier_layer_bf16(const layer_t *l, const attend_t *a, const pool_t *pool,
     {
         bf16 *room = rest + own * omp_get_thread_num(), *normed = room + linear_room(M) * widest;
         bf16 *part = normed + M * H, *other = part + M * linear_chunk(widest, threads);
-        linear_begin(tiles);
+        linear_begin(a->tiles);
 
         /* Norms are computed by every thread for itself, as activations are arranged by every one. */
         for (long m = 0; m < M; m++)
@@ -131,6 +131,6 @@ void raytier_layer_bf16(const layer_t *l, const attend_t *a, const pool_t *pool,
 #pragma omp for schedule(dynamic) nowait
         for (long n = 0; n < H; n += chunk)
             add_projection(&l->down, prepared, middle, out, part, n, least(n + chunk, H), M, inner, tiles);
-        linear_end(tiles);
+        linear_end(a->tiles);
     }
 }

@@ -1,4 +1,4 @@
-/* Linear layers in bf16 for few rows, as torch's F.linear: out[m][n] = sum over k of x[m][k] * weight[n][k] (+ bias[n]).
+/* Linear layers in bf16 for few rows, as F.linear: out[m][n] = sum over k of x[m][k] * weight[n][k] (+ bias[n]).
  *
  * With few rows such a product takes as long as its weights take to come from memory, so the kernels are made for that:
  * weights are read once, in the layout that they have in a checkpoint, from wherever they lie, and fetched ahead.
