@@ -119,7 +119,7 @@ def _is_decoder_layer(layer: Any) -> bool:
         _is_rms_norm(layer.input_layernorm)
         and _is_rms_norm(layer.post_attention_layernorm)
         and _is_gated(layer.mlp)
-        and _window_of(type(attention)) is not None
+        and _window_of(attention.__class__) is not None
         and _rotates(type(attention).forward)
         and all(_is_rms_norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name))
         and all(type(part) in (nn.Linear, linears.Linear) for part in _projections(layer))
@@ -155,7 +155,7 @@ def _decoder_layer(
 ) -> Tensor:
     context, attention = current_context(), self.self_attn
     if context is not None and attention_mask is None and position_embeddings is not None:
-        window = _window_of(type(attention))
+        window = _window_of(attention.__class__)
         assert window is not None
         singles, longer = context.singles(window(attention) or 0)
         pool = context.store.keys[attention.layer_idx], context.store.values[attention.layer_idx]

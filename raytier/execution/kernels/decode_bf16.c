@@ -328,8 +328,8 @@ void attend_task(const attend_t *a, const pool_t *pool, const bf16 *q, bf16 *out
 /* Write keys and values of all tokens to their slots, and let single tokens attend. Tokens of longer spans are attended
  * to by whoever called.
  *
- * q and out [tokens][heads][dim], of which rows of single tokens alone are read and written. Keys are as wide as values;
- * dim is a multiple of 32 and at most MOST_DIM, heads / kv_heads at most MOST_GROUP.
+ * q and out [tokens][heads][dim], of which rows of single tokens alone are read and written. Keys and values are of
+ * equal width; dim is a multiple of 32 and at most MOST_DIM, heads / kv_heads at most MOST_GROUP.
  */
 void raytier_attend_bf16(const attend_t *a, const pool_t *pool, const bf16 *q, const rows_t *k, const rows_t *v,
                          bf16 *out, int threads)
