@@ -87,6 +87,21 @@ class StepStats:
     wall_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model itself thought of a token: natural logarithms, before temperature and all else.
+
+    Attributes:
+        rank: 1 + how many tokens were more probable.
+        top: (token id, logprob) of the likeliest ones, as many as the request asks for, lower ids first among equals.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(slots=True)
 class StepResult:
     """`tokens[seq_id]` is the token drawn for each chunk that asked for one."""

@@ -170,7 +170,7 @@ class GenerationRequest(_Body):
 
     def sampling(self) -> dict[str, Any]:
         """The sampling fields that the client gave, by the names of `SamplingParams`."""
-        return {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        return {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
 
 
 class ChatCompletionRequest(GenerationRequest):
