@@ -24,12 +24,18 @@ class _Section(BaseModel):
 
 
 class ModelEntry(_Section):
-    """One model that the application may serve."""
+    """One model that the application may serve.
+
+    `tool_call_parser`, `reasoning_parser`: how the model writes calls of tools and its thoughts; auto = as its chat
+    template shows, none = answers are text.
+    """
 
     model_id: str = Field(min_length=1, max_length=200)
     source_type: Literal["local"] = "local"
     source_path: str
     model_format: Literal["safetensors"] = "safetensors"
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3"] = "auto"
+    reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
 
     @field_validator("source_path")
     @classmethod

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raytier.errors import ConfigurationError
 from raytier.serve.parsers import calls, thoughts
 from raytier.serve.parsers.calls import NamedCall, RequiredCalls, Tools
 from raytier.serve.parsers.parts import CallArguments, CallBegun, Content, Parser, Part, joined
@@ -24,25 +22,12 @@ class Languages:
 
     @classmethod
     def of(cls, template: str | None, *, calls_as: str = AUTO, thoughts_as: str = AUTO) -> Languages:
-        """What a configuration says; `auto` is what the chat template shows.
-
-        Raises:
-            ConfigurationError: no parser has that name; the message lists them.
-        """
+        """What the application's configuration says of the model; `auto` is what the chat template shows."""
+        text = template or ""
         return cls(
-            _choose("tool_call_parser", calls_as, calls.LANGUAGES, lambda: _calls_in(template or "")),
-            _choose("reasoning_parser", thoughts_as, thoughts.TAGS, lambda: _thoughts_in(template or "")),
+            _calls_in(text) if calls_as == AUTO else None if calls_as == NONE else calls_as,
+            _thoughts_in(text) if thoughts_as == AUTO else None if thoughts_as == NONE else thoughts_as,
         )
-
-
-def _choose(key: str, name: str, known: Mapping[str, object], shown: Callable[[], str | None]) -> str | None:
-    if name == AUTO:
-        return shown()
-    if name == NONE:
-        return None
-    if name not in known:
-        raise ConfigurationError(f"{key}: there is no {name!r}; known: {AUTO}, {NONE}, {', '.join(known)}")
-    return name
 
 
 def _calls_in(template: str) -> str | None:

@@ -20,7 +20,7 @@ _ID = string.ascii_letters + string.digits
 
 
 class HermesCalls(JsonCalls):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them among text: Hermes, Qwen2.5, Qwen3.
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them among text: Hermes, Qwen2.5 and 3.
 
     With `functions`, `<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>` as well:
     Qwen3-Coder and later ones. A parameter's value is text, or what its schema says.

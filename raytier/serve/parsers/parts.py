@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from raytier.engine.detokenizer import StopMatcher
@@ -70,14 +70,13 @@ def joined(parts: Iterable[Part]) -> list[Part]:
     """`parts` with neighbours of one kind as one."""
     whole: list[Part] = []
     for part in parts:
-        last = whole[-1] if whole else None
-        if isinstance(part, CallBegun) or type(last) is not type(part):
-            whole.append(part)
-        elif isinstance(last, CallArguments) and isinstance(part, CallArguments) and last.index != part.index:
-            whole.append(part)
-        else:
-            assert not isinstance(last, CallBegun | None)
-            whole[-1] = replace(last, text=last.text + part.text)
+        match (whole[-1] if whole else None), part:
+            case (Content(first), Content(text)) | (Reasoning(first), Reasoning(text)):
+                whole[-1] = type(part)(first + text)
+            case CallArguments(index, first), CallArguments(same, text) if index == same:
+                whole[-1] = CallArguments(index, first + text)
+            case _:
+                whole.append(part)
     return whole
 
 

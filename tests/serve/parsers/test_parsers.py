@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytier.errors import ConfigurationError
+from raytier.config import ModelEntry
 from raytier.serve.parsers import calls, thoughts
 from raytier.serve.parsers.answer import AnswerParser, Languages, ToolUse, answer_parser
 from raytier.serve.parsers.parts import CallArguments, CallBegun, Content, Parser, Part, Reasoning, joined
@@ -136,7 +136,8 @@ CASES: list[tuple[Callable[[], Parser], str, list[tuple[str, ...]]]] = [
     ),
     (
         mistral,
-        'Well. [TOOL_CALLS]add{"a": 1}[TOOL_CALLS]weather[ARGS]{"city": "[TOOL_CALLS]"}[TOOL_CALLS]now[CALL_ID]abc[ARGS]{}',
+        'Well. [TOOL_CALLS]add{"a": 1}[TOOL_CALLS]weather[ARGS]{"city": "[TOOL_CALLS]"}'
+        "[TOOL_CALLS]now[CALL_ID]abc[ARGS]{}",
         [
             ("content", "Well."),
             ("call", "add"),
@@ -156,7 +157,11 @@ CASES: list[tuple[Callable[[], Parser], str, list[tuple[str, ...]]]] = [
     ),
     (required, "not what a grammar gives", [("content", "not what a grammar gives")]),
     (named, KOELN, [("call", "weather"), ("arguments", KOELN)]),
-    (thinking, "<think>\nHm, <tool_call> is a tag.\n</think>\n\nYes.", [("reasoning", "Hm, <tool_call> is a tag."), ("content", "Yes.")]),
+    (
+        thinking,
+        "<think>\nHm, <tool_call> is a tag.\n</think>\n\nYes.",
+        [("reasoning", "Hm, <tool_call> is a tag."), ("content", "Yes.")],
+    ),
     (thinking, "<think></think>x", [("content", "x")]),
     (thinking, "<thin ice", [("content", "<thin ice")]),
     (
@@ -252,7 +257,7 @@ def test_one_call_when_more_are_not_welcome() -> None:
         ("{% if tools %}<tool_call>{% endif %}", Languages("hermes")),
         ("{% if tools %}<tool_call><function=x>{% endif %}<think>", Languages("qwen3", "think")),
         ("{{ tools }}[TOOL_CALLS] [THINK]", Languages("mistral", "mistral")),
-        ('{{ tools }}{"name": function name, "parameters": dictionary of argument name and its value}', Languages("llama3_json")),
+        ('{{ tools }}{"name": function name, "parameters": dictionary of argument name}', Languages("llama3_json")),
         ("{{ tools }} in some way of its own", Languages()),
     ],
 )  # fmt: skip
@@ -263,8 +268,9 @@ def test_the_template_shows_the_language(template: str | None, wanted: Languages
 def test_the_configuration_comes_first() -> None:
     template = "{{ tools }}<tool_call><think>"
     assert Languages.of(template, calls_as="mistral", thoughts_as="none") == Languages("mistral", None)
-    with pytest.raises(ConfigurationError, match=r"tool_call_parser: there is no 'xml'; known: auto, none, hermes"):
-        Languages.of(template, calls_as="xml")
+    known = ModelEntry.model_fields
+    assert {"auto", "none", *calls.LANGUAGES} == set(get_args(known["tool_call_parser"].annotation))
+    assert {"auto", "none", *thoughts.TAGS} == set(get_args(known["reasoning_parser"].annotation))
 
 
 def test_which_parsers_an_answer_goes_through() -> None:
