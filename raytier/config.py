@@ -198,6 +198,66 @@ class Compute(_Section):
         return cpus if self.threads == "auto" else self.threads
 
 
+class KeySource(_Section):
+    """Where keys are, several divided by white space: in a file, or in a variable of the replica's environment.
+
+    A variable that is named here has to be there; the default one may be missing, and then no key is asked for.
+    """
+
+    file: str | None = None
+    env: str
+
+    @field_validator("file")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
+
+
+class ApiKey(KeySource):
+    env: str = "RAYTIER_API_KEY"
+
+
+class AdminKey(KeySource):
+    env: str = "RAYTIER_ADMIN_KEY"
+
+
+class UpstreamKey(KeySource):
+    env: str = "RAYTIER_UPSTREAM_KEY"
+
+
+class Upstream(_Section):
+    """An OpenAI-compatible server that gets requests for models which are not held here.
+
+    `base_url`: up to and with /v1. `timeout_s`: longest silence. `key`: sent to it; what clients send here never is.
+    """
+
+    base_url: str | None = None
+    timeout_s: float = Field(120, gt=0)
+    connect_timeout_s: float = Field(5, gt=0)
+    key: UpstreamKey = UpstreamKey()
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is None or value.startswith(("http://", "https://")):
+            return value and value.rstrip("/")
+        raise ValueError("must begin with http:// or https://")
+
+
+class ApiSection(_Section):
+    """The HTTP front. `key`: of those who may call; `admin_key`: of those who may load, unload and move models.
+
+    `max_body_mb`: largest request; a prompt of a million tokens as JSON integers is about 7 MB.
+    """
+
+    key: ApiKey = ApiKey()
+    admin_key: AdminKey = AdminKey()
+    max_body_mb: float = Field(32, gt=0)
+    upstream: Upstream = Upstream()
+
+
 class AppConfig(_Section):
     """`args:` of `raytier.serve:build_app`.
 
@@ -212,6 +272,7 @@ class AppConfig(_Section):
     kv: KVCache = KVCache()
     scheduler: Scheduler = Scheduler()
     compute: Compute = Compute()
+    api: ApiSection = ApiSection()
     cache_dir: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/raytier"))
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

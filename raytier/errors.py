@@ -125,3 +125,30 @@ class EngineDeadError(RaytierError):
 
     http_status = 503
     openai_type = "server_error"
+
+
+class AccessError(RaytierError):
+    """A request without a key that it needs (401), or with a wrong one (403)."""
+
+    http_status = 403
+    openai_type = "permission_error"
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+        if missing:
+            self.http_status = 401
+            self.openai_type = "authentication_error"
+
+
+class UpstreamError(RaytierError):
+    """The server behind this one cannot be reached."""
+
+    http_status = 503
+    openai_type = "server_error"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The server behind this one did not answer in time."""
+
+    http_status = 504

@@ -116,7 +116,7 @@ class _ByteDecoder:
 
     def push(self, token_id: int) -> str:
         token = self._tokenizer.token(token_id)
-        return "" if token is None else self._utf8.decode(_token_bytes(token))
+        return "" if token is None else self._utf8.decode(token_bytes(token))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -132,7 +132,7 @@ def _byte_of() -> dict[str, int]:
     return alphabet
 
 
-def _token_bytes(token: str) -> bytes:
+def token_bytes(token: str) -> bytes:
     alphabet = _byte_of()
     try:
         return bytes([alphabet[character] for character in token])

@@ -21,6 +21,8 @@ from raytier.errors import InvalidRequestError
 
 #: Names under which a message's reasoning is passed; the first is the one templates read.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+#: Marks the end of a message that is to be continued; transformers' mark, which also shows whether it was trimmed.
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class Tokenizer:
@@ -71,6 +73,9 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
         """Render the model's chat template, as transformers' `apply_chat_template(tokenize=False)` does.
@@ -78,7 +83,9 @@ class Tokenizer:
         Args:
             messages: OpenAI messages; a list of content parts becomes their text, one part per line.
             add_generation_prompt: end with the header of an assistant's turn.
-            kwargs: further variables of the template, such as `tools`, `documents`, `enable_thinking`.
+            continue_final_message: end within the content of the last message, so that it is continued.
+            tools: that the model may call, as OpenAI has them.
+            kwargs: further variables of the template, such as `documents`, `enable_thinking`.
 
         Raises:
             InvalidRequestError: the model has no template, or it refuses the messages (in its own words).
@@ -87,16 +94,22 @@ class Tokenizer:
             raise InvalidRequestError(
                 "this model has no chat template: use /v1/completions with a plain prompt instead", param="messages"
             )
+        plain = _messages(messages)
+        final = plain[-1].get("content", "")
+        if continue_final_message:
+            if not final:
+                raise InvalidRequestError("the last message has no content to continue", param="messages")
+            plain[-1]["content"] = final + _CONTINUED
         variables = {
             **self.spec.special_tokens,
-            "tools": None,
             "documents": None,
             **_plain(kwargs, "chat_template_kwargs"),
-            "messages": _messages(messages),
+            "tools": _plain(tools, "tools"),
+            "messages": plain,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(variables)
+            text = self._template.render(variables)
         except TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error.message}", param="messages"
@@ -105,10 +118,22 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the model's chat template fails on these messages: {type(error).__name__}: {error}", param="messages"
             ) from error
+        return _up_to_the_mark(text) if continue_final_message else text
 
     @cached_property
     def _template(self) -> Template:
         return _environment().from_string(self.spec.chat_template or "")
+
+
+def _up_to_the_mark(text: str) -> str:
+    """`text` before the mark in it; where the template has trimmed the message, white space goes as well."""
+    place = text.rfind(_CONTINUED.strip())
+    if place < 0:
+        raise InvalidRequestError(
+            "the model's chat template leaves the last message out, so it cannot be continued", param="messages"
+        )
+    before = text[:place]
+    return before if text.startswith(_CONTINUED, place) else before.rstrip()
 
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+from prometheus_client.core import Metric
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backing
 
@@ -27,6 +28,7 @@ from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier
 from raytier.serve.control import ModelControl
 from raytier.serve.runtime import Runtime
+from raytier.serve.served import ServedModel
 from raytier.tiers.transfers import TransferQueue
 from tests.planner.models import CPU_NODE, RATES, configuration, llama
 
@@ -233,21 +235,21 @@ class Served:
         return self.node.description
 
     @property
-    def model(self) -> EchoModel:
+    def loaded(self) -> EchoModel:
         assert self.node.model is not None
         return self.node.model
 
     @property
     def only(self) -> Engine:
-        return self.model.engine
+        return self.loaded.engine
 
     @property
     def executor(self) -> Echo:
-        return self.model.executor
+        return self.loaded.executor
 
     @property
     def pool(self) -> BlockPool:
-        return self.model.pool
+        return self.loaded.pool
 
     async def load(self) -> None:
         """Load the model and wait until it is."""
@@ -257,8 +259,11 @@ class Served:
     def model_ids(self) -> list[str]:
         return [MODEL]
 
-    async def engine(self, model_id: str | None) -> Engine:
-        return await self.control.engine(model_id)
+    async def model(self, model_id: str | None) -> ServedModel:
+        return await self.runtime.served(model_id)
+
+    def metrics(self) -> Iterable[Metric]:
+        return self.runtime.metrics()
 
     def health(self) -> str | None:
         return self.reason
@@ -286,6 +291,6 @@ class Served:
         self.node.transfers.close("the test has ended")
         self.control.close()
         if self.node.model is not None:
-            self.model.move_gate.set()
+            self.loaded.move_gate.set()
             self.executor.gate.set()
             self.only.close()

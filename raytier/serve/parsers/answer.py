@@ -7,7 +7,7 @@ from typing import Literal
 
 from raytier.serve.parsers import calls, thoughts
 from raytier.serve.parsers.calls import NamedCall, RequiredCalls, Tools
-from raytier.serve.parsers.parts import CallArguments, CallBegun, Content, Parser, Part, joined
+from raytier.serve.parsers.parts import CallArguments, CallBegun, Content, Parser, Part, Reasoning, joined
 from raytier.serve.parsers.thoughts import Thoughts
 
 AUTO, NONE = "auto", "none"
@@ -121,3 +121,42 @@ def answer_parser(
     elif use.choice == "auto" and use.tools and languages.calls is not None and not constrained:
         calling = calls.LANGUAGES[languages.calls](use.tools)
     return None if thinking is None and calling is None else AnswerParser(thinking, calling, parallel=use.parallel)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a tool; `arguments` is JSON as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A whole answer. `content` is None where there are calls alone, `reasoning` where there are no thoughts."""
+
+    content: str | None
+    reasoning: str | None = None
+    calls: tuple[Call, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, parser: AnswerParser | None) -> Message:
+        """`text` taken apart."""
+        if parser is None:
+            return cls(text)
+        content = reasoning = ""
+        begun: dict[int, CallBegun] = {}
+        arguments: dict[int, str] = {}
+        for part in parser.push(text) + parser.finish():
+            match part:
+                case Content(more):
+                    content += more
+                case Reasoning(more):
+                    reasoning += more
+                case CallBegun(index):
+                    begun[index] = part
+                case CallArguments(index, more):
+                    arguments[index] = arguments.get(index, "") + more
+        calls = tuple(Call(each.id, each.name, arguments.get(index, "")) for index, each in begun.items())
+        return cls(content or (None if calls else ""), reasoning or None, calls)

@@ -71,8 +71,10 @@ def joined(parts: Iterable[Part]) -> list[Part]:
     whole: list[Part] = []
     for part in parts:
         match (whole[-1] if whole else None), part:
-            case (Content(first), Content(text)) | (Reasoning(first), Reasoning(text)):
-                whole[-1] = type(part)(first + text)
+            case Content(first), Content(text):
+                whole[-1] = Content(first + text)
+            case Reasoning(first), Reasoning(text):
+                whole[-1] = Reasoning(first + text)
             case CallArguments(index, first), CallArguments(same, text) if index == same:
                 whole[-1] = CallArguments(index, first + text)
             case _:
