@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raytier.config import Upstream as UpstreamSection
 from raytier.errors import UpstreamError, UpstreamTimeoutError
 from raytier.serve.auth import read_keys, route_path
-from raytier.serve.errors import REQUEST_ID
+from raytier.serve.errors import REQUEST_ID, error_object
+from raytier.serve.sse import event
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +72,16 @@ class Upstream:
         )
         try:
             answer = await self._client.send(request, stream=True)
-        except httpx.ConnectTimeout as error:
-            raise UpstreamError(f"the server behind this one, {self.base_url}, cannot be reached in time") from error
-        except httpx.TimeoutException as error:
-            raise UpstreamTimeoutError(
-                f"the server behind this one, {self.base_url}, did not answer within {self._timeout_s:g} s"
-            ) from error
         except httpx.HTTPError as error:
-            raise UpstreamError(
-                f"the server behind this one, {self.base_url}, cannot be reached: {type(error).__name__}"
-            ) from error
+            raise self._failure(error) from error
         kept = {name: value for name in _PASSED_BACK if (value := answer.headers.get(name)) is not None}
-        return _Passed(answer, status_code=answer.status_code, headers=kept)
+        return _Passed(answer, self._failure, request_id, headers=kept)
+
+    def _failure(self, error: httpx.HTTPError) -> UpstreamError:
+        who = f"the server behind this one, {self.base_url},"
+        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return UpstreamTimeoutError(f"{who} did not answer within {self._timeout_s:g} s")
+        return UpstreamError(f"{who} cannot be reached: {type(error).__name__}")
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -91,13 +90,28 @@ class Upstream:
 class _Passed(StreamingResponse):
     """An answer from upstream; however it ends, the connection to there is given back."""
 
-    def __init__(self, answer: httpx.Response, **options: Any) -> None:
+    def __init__(
+        self,
+        answer: httpx.Response,
+        failure: Callable[[httpx.HTTPError], UpstreamError],
+        request_id: str,
+        headers: dict[str, str],
+    ) -> None:
         self._answer = answer
-        super().__init__(self._content(), **options)
+        self._failure = failure
+        self._request_id = request_id
+        super().__init__(self._content(), status_code=answer.status_code, headers=headers)
 
     async def _content(self) -> AsyncGenerator[bytes, None]:
-        async for part in self._answer.aiter_bytes():
-            yield part
+        try:
+            async for part in self._answer.aiter_bytes():
+                yield part
+        except httpx.HTTPError as error:
+            failure = self._failure(error)
+            # A stream of events can still say what is wrong; anything else is cut.
+            if not self.headers.get("content-type", "").startswith("text/event-stream"):
+                raise failure from error
+            yield event(error_object(failure, self._request_id)[1])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
