@@ -167,11 +167,13 @@ class KVCache(_Section):
 
 class Scheduler(_Section):
     """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: beside running streams as many of a
-    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs."""
+    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs.
+    `policy`: who goes first: fcfs = in order of arrival, priority = by the request's priority (lower ones first)."""
 
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int | Auto = "auto"
     max_queue: int = Field(256, ge=1)
+    policy: Literal["fcfs", "priority"] = "fcfs"
 
     @field_validator("max_num_batched_tokens")
     @classmethod

@@ -81,6 +81,14 @@ class InvalidRequestError(RaytierError):
         self.param = param
 
 
+class GenerationError(RaytierError):
+    """A request leaves no token to draw, though the engine goes on: what it allows contradicts itself, or its grammar
+    grew beyond what can be followed."""
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+
 class ParameterNotFoundError(InvalidRequestError):
     """The loaded model has no such parameter or layer."""
 
