@@ -173,11 +173,13 @@ class KVCache(_Section):
 
 class Scheduler(_Section):
     """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: beside running streams as many of a
-    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs."""
+    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs.
+    `policy`: who goes first: fcfs = in order of arrival, priority = by the request's priority (lower ones first)."""
 
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int | Auto = "auto"
     max_queue: int = Field(256, ge=1)
+    policy: Literal["fcfs", "priority"] = "fcfs"
 
     @field_validator("max_num_batched_tokens")
     @classmethod
@@ -250,11 +252,13 @@ class ApiSection(_Section):
     """The HTTP front. `key`: of those who may call; `admin_key`: of those who may load, unload and move models.
 
     `max_body_mb`: largest request; a prompt of a million tokens as JSON integers is about 7 MB.
+    `request_timeout_s`: longest life of a request, its time in the queue included; null = no limit.
     """
 
     key: ApiKey = ApiKey()
     admin_key: AdminKey = AdminKey()
     max_body_mb: float = Field(32, gt=0)
+    request_timeout_s: float | None = Field(None, gt=0)
     upstream: Upstream = Upstream()
 
 

@@ -81,6 +81,14 @@ class InvalidRequestError(RaytierError):
         self.param = param
 
 
+class GenerationError(RaytierError):
+    """A request leaves no token to draw, though the engine goes on: what it allows contradicts itself, or its grammar
+    grew beyond what can be followed."""
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+
 class ParameterNotFoundError(InvalidRequestError):
     """The loaded model has no such parameter or layer."""
 
@@ -124,6 +132,13 @@ class EngineDeadError(RaytierError):
     """The engine or an actor behind it died; the request cannot be finished."""
 
     http_status = 503
+    openai_type = "server_error"
+
+
+class RequestTimeoutError(RaytierError):
+    """A request took longer than this server lets one take."""
+
+    http_status = 504
     openai_type = "server_error"
 
 

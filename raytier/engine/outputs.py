@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 from raytier.engine.step import StepStats, TokenLogprobs
 from raytier.kv.ledger import LedgerDelta
@@ -106,14 +107,48 @@ def merge(deltas: Sequence[OutputDelta]) -> OutputDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class FinishedSample:
+    """One sample of a request that has ended, for statistics.
+
+    Attributes:
+        n, max_tokens: what the request asked for.
+        preemptions: how often it lost its blocks and was recomputed.
+    """
+
+    request_id: str
+    index: int
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    n: int
+    max_tokens: int
+    preemptions: int
+    times: RequestTimes
+
+
+@dataclass(frozen=True, slots=True)
+class LoopTimes:
+    """Where the engine's thread spent a step, in seconds: making it, waiting for the executor, and with its result
+    (booking, text, readers). `execute_s` less the executor's own `wall_s` is the way there and back."""
+
+    schedule_s: float = 0.0
+    execute_s: float = 0.0
+    process_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One step, after the fact.
 
     Attributes:
         step: counts reports, so it is the `step` of `LeaseLedger.report`: one per step of the executor and
-            one more whenever blocks came back without a step (an abort just before the engine goes idle).
+            one more whenever something changed without a step (an abort just before the engine goes idle).
         stats: what the step cost; None in a report without a step.
         kv: changes of the block tables.
+        times: of the engine's thread; zeros in a report without a step.
+        first_tokens: time to first token of each sample that got it in this step, in seconds.
+        token_gaps: of each other sample that got a token, the time since its last one.
+        finished: samples that ended since the last report.
     """
 
     epoch: int
@@ -122,6 +157,10 @@ class StepReport:
     num_waiting: int
     stats: StepStats | None
     kv: LedgerDelta
+    times: LoopTimes = LoopTimes()
+    first_tokens: tuple[float, ...] = ()
+    token_gaps: tuple[float, ...] = ()
+    finished: tuple[FinishedSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +168,12 @@ class EngineStats:
     """Counters since the engine started, and its present load.
 
     Attributes:
-        running, waiting: sequences now.
+        running, waiting: sequences (samples of requests) now.
         steps: steps executed.
-        prompt_tokens: prompt tokens of the requests that produced their first token.
+        prompt_tokens: prompt tokens of the samples whose prompts have been read.
         generated_tokens: tokens drawn.
-        finished: requests by finish reason.
+        finished: samples by finish reason.
+        loop: sums over all steps of where the engine's thread spent them.
         last_step, total: what the last step cost and the sums over all steps (last_step None before the first).
         dead: why the engine does not work any more, None while it does.
     """
@@ -150,6 +190,7 @@ class EngineStats:
     kv_blocks_free: int
     last_step: StepStats | None
     total: StepStats
+    loop: LoopTimes
     dead: str | None
 
     @property
@@ -157,6 +198,9 @@ class EngineStats:
         return self.finished.get("abort", 0)
 
 
-def add_stats(total: StepStats, step: StepStats) -> StepStats:
+Sums = TypeVar("Sums", StepStats, LoopTimes)
+
+
+def add(total: Sums, more: Sums) -> Sums:
     """Field-wise sum."""
-    return StepStats(**{f.name: getattr(total, f.name) + getattr(step, f.name) for f in fields(StepStats)})
+    return type(total)(**{f.name: getattr(total, f.name) + getattr(more, f.name) for f in fields(total)})

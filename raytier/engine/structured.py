@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import NoReturn
 
+import tokenizers
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
+from raytier.checkpoint.manifest import TokenizerSpec
 from raytier.errors import InvalidRequestError
 
 PARAM = "structured_outputs"
@@ -161,3 +163,19 @@ def _checked(name: str, grammar: str, tokenizer: LLTokenizer) -> str:
 def _refuse(message: str) -> NoReturn:
     dot = "." if message.startswith(NAMES) else " "
     raise InvalidRequestError(f"{PARAM}{dot}{message}", param=PARAM)
+
+
+def guide_tokenizer(spec: TokenizerSpec, vocab: int) -> LLTokenizer:
+    """The model's tokenizer in llguidance's form.
+
+    Args:
+        vocab: width of the model's logits, which may be more or less than the tokenizer has.
+
+    Raises:
+        InvalidRequestError: the model has no end-of-sequence token, with which a text that matches would end.
+    """
+    if not spec.eos_token_ids:
+        _refuse("cannot be used with this model: its tokenizer has no end-of-sequence token")
+    known = tokenizers.Tokenizer.from_str(spec.tokenizer_json).get_vocab(with_added_tokens=True)
+    width = max([vocab - 1, *known.values(), *spec.eos_token_ids]) + 1
+    return LLTokenizer(spec.tokenizer_json, n_vocab=width, eos_token=list(spec.eos_token_ids))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -15,14 +17,22 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from llguidance import LLTokenizer
 
 from raytier.checkpoint.manifest import TokenizerSpec
+from raytier.engine.byte_level import bytes_of
+from raytier.engine.structured import StructuredOutputs, guide_tokenizer
 from raytier.errors import InvalidRequestError
 
 #: Names under which a message's reasoning is passed; the first is the one templates read.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 #: Marks the end of a message that is to be continued; transformers' mark, which also shows whether it was trimmed.
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+#: How vocabularies with a fallback to bytes spell one.
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_GRAMMARS = 64  # remembered
 
 
 class Tokenizer:
@@ -34,6 +44,9 @@ class Tokenizer:
         # Both may be left over in a model's tokenizer.json and would change the prompt.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._guide: LLTokenizer | None = None
+        self._grammars: dict[StructuredOutputs, str] = {}
+        self._guiding = threading.Lock()
 
     @property
     def vocab_size(self) -> int:
@@ -68,6 +81,34 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token, None for ids it does not have (padding of the model)."""
         return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8, as far as one can say without its neighbours; nothing for an id that
+        the vocabulary does not have. Bytes of a character may be spread over several tokens."""
+        token = self.token(token_id)
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            return bytes_of(token)
+        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def grammar(self, structured: StructuredOutputs, vocab_size: int) -> str:
+        """llguidance's grammar of what an output must match. A new one may take a second, the last ones nothing.
+
+        Raises:
+            InvalidRequestError: it cannot be matched; the message says what is wrong, and where.
+        """
+        with self._guiding:
+            if self._guide is None:
+                self._guide = guide_tokenizer(self.spec, vocab_size)
+            if structured not in self._grammars:
+                grammar = structured.compile(self._guide)
+                while len(self._grammars) >= _GRAMMARS:
+                    del self._grammars[next(iter(self._grammars))]
+                self._grammars[structured] = grammar
+            return self._grammars[structured]
 
     def apply_chat_template(
         self,

@@ -65,6 +65,7 @@ def prepare_chat(model: ServedModel, chat: ChatInput) -> Prompt:
     if model.marks_are_special and new_parser() is not None:
         sampling["skip_special_tokens"] = False
     params = SamplingParams.from_request(model.engine.defaults, **sampling)
+    model.engine.check(params)  # a new grammar is compiled here, and not on the event loop
     # The rendered template holds its special tokens already.
     return Prompt(model.encode(text, "messages", add_special_tokens=False), params, new_parser)
 

@@ -34,6 +34,7 @@ def prepare_text(model: ServedModel, request: TextInput) -> Prompt:
         InvalidRequestError: a sampling value is wrong, or it is no text that fits.
     """
     params = SamplingParams.from_request(model.engine.defaults, **request.sampling)
+    model.engine.check(params)  # a new grammar is compiled here, and not on the event loop
     if isinstance(request.prompt, str):
         token_ids = model.encode(request.prompt, "prompt", add_special_tokens=request.add_special_tokens)
         return Prompt(token_ids, params, echo=request.prompt if request.echo else None)

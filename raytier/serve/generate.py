@@ -13,7 +13,7 @@ from typing import Literal, cast
 from raytier.engine.outputs import OutputDelta, merge
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.step import TokenLogprobs
-from raytier.errors import EngineDeadError, InvalidRequestError
+from raytier.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
 from raytier.serve.parsers.answer import AnswerParser
 from raytier.serve.parsers.parts import Content, Part
 from raytier.serve.served import ServedModel
@@ -97,13 +97,16 @@ class Generation:
         tally: tokens of what has been iterated over.
     """
 
-    def __init__(self, model: ServedModel, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, model: ServedModel, prompts: Sequence[Prompt], priority: int) -> None:
         self.model = model
         self.prompts = prompts
         self.tally = Tally()
         # A generator by contract: closing it aborts.
         self._streams = [
-            cast("AsyncGenerator[OutputDelta, None]", model.engine.stream(prompt.token_ids, prompt.params))
+            cast(
+                "AsyncGenerator[OutputDelta, None]",
+                model.engine.stream(prompt.token_ids, prompt.params, priority=priority, timeout_s=model.timeout_s),
+            )
             for prompt in prompts
         ]
         self._first_choice = [0]
@@ -111,18 +114,20 @@ class Generation:
             self._first_choice.append(self._first_choice[-1] + prompt.params.n)
         self._first = [asyncio.ensure_future(anext(stream)) for stream in self._streams]
         self._pumps: list[asyncio.Task[None]] = []
-        self._timer = model.metrics.timer()
 
     @classmethod
-    async def start(cls, model: ServedModel, prompts: Sequence[Prompt]) -> Generation:
+    async def start(cls, model: ServedModel, prompts: Sequence[Prompt], *, priority: int = 0) -> Generation:
         """Submit all of `prompts`, or none. Returns when they are admitted, before their first tokens.
+
+        Args:
+            priority: lower ones go first, where `scheduler.policy` is priority.
 
         Raises:
             InvalidRequestError: a prompt can never be served.
             QueueFullError: there is no room for all of them.
             EngineDeadError: the engine is gone.
         """
-        generation = cls(model, prompts)
+        generation = cls(model, prompts, priority)
         try:
             # A stream submits at its first `anext`, before it waits for anything: after one turn of the
             # loop each of them is admitted, or refused with its exception here.
@@ -154,7 +159,6 @@ class Generation:
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in self._streams:
             await stream.aclose()
-        self._timer.close(self.num_choices)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, OutputDelta]]:
         if len(self._streams) == 1:
@@ -178,7 +182,6 @@ class Generation:
     def _seen(self, prompt: int, delta: OutputDelta) -> int:
         choice = self._first_choice[prompt] + delta.index
         self.tally.add(prompt, choice, delta)
-        self._timer.take(choice, delta)
         return choice
 
     async def outputs(self) -> list[Output]:
@@ -243,9 +246,15 @@ def finish_reason(delta: OutputDelta) -> FinishReason:
 
     Raises:
         EngineDeadError: the engine ended it, so what there is of the text is not an answer.
+        RequestTimeoutError: it took longer than `api.request_timeout_s`.
     """
     if delta.finish_reason == "stop":
         return "stop"
     if delta.finish_reason == "length":
         return "length"
+    if delta.finish_reason == "timeout":
+        raise RequestTimeoutError(
+            f"the request has not ended in time (api.request_timeout_s), {delta.completion_tokens} tokens were "
+            "generated: ask for fewer (max_tokens), or raise the limit"
+        )
     raise EngineDeadError("the engine was closed before the request had ended; send it again")

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from raytier.engine.detokenizer import token_bytes
 from raytier.engine.step import TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
 
 #: JSON has no minus infinity; this is what OpenAI writes for it.
 _LEAST = -9999.0
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_WORD_BEGIN = "\u2581"  # of SentencePiece
 
 
 class TokenTexts:
     """Bytes and text of single tokens, kept once they were asked for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
+        self.bytes_of = lru_cache(maxsize=1 << 16)(tokenizer.token_bytes)
         self.text_of = lru_cache(maxsize=1 << 16)(self._text_of)
-
-    def _bytes_of(self, token_id: int) -> bytes:
-        token = self._tokenizer.token(token_id)
-        if token is None:
-            return b""
-        if self._tokenizer.is_byte_level:
-            return token_bytes(token)
-        if (byte := _BYTE.fullmatch(token)) is not None:
-            return bytes([int(byte[1], 16)])
-        return token.replace(_WORD_BEGIN, " ").encode()
 
     def _text_of(self, token_id: int) -> str:
         """The token's text; where it is a part of a character, `bytes:` and the bytes, as OpenAI writes it."""

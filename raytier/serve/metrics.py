@@ -1,12 +1,11 @@
 """What /metrics shows, in the words of the field: requests as their readers see them, engines as they count themselves.
 
-A histogram here is a list of counters that one event loop changes: an observation costs about a third of a microsecond,
-and a scrape makes Prometheus' families of them.
+A histogram here is a list of counters that one thread changes: an observation costs about a third of a microsecond, and
+a scrape makes Prometheus' families of them.
 """
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from raytier.engine.outputs import EngineStats, OutputDelta
+from raytier.engine.outputs import EngineStats, FinishedSample, StepReport
 
 PREFIX = "raytier:"
 #: Labels, and the value that they have.
@@ -34,6 +33,8 @@ _LATENCY = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+_SAMPLES = (1, 2, 5, 10, 20)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
@@ -46,9 +47,9 @@ class Histogram:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
 
     def family(self, label: str) -> Metric:
         family = HistogramMetricFamily(PREFIX + self.name, self.text, labels=["model_name"])
@@ -59,7 +60,10 @@ class Histogram:
 
 
 class RequestMetrics:
-    """Requests of one model, over the life of the replica, whichever engines served them."""
+    """Requests of one model, over the life of the replica, whichever engines served them.
+
+    `take` is called on the engine's thread and everything else on the event loop's: a scrape may see half of a step.
+    """
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
@@ -71,78 +75,48 @@ class RequestMetrics:
         self.decode = Histogram("request_decode_time_seconds", "First token to last.", _LATENCY)
         self.prompt_length = Histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.output_length = Histogram("request_generation_tokens", "Tokens of a sample.", _TOKENS)
+        self.samples = Histogram("request_params_n", "Samples that requests ask for.", _SAMPLES)
+        self.step_tokens = Histogram("iteration_tokens_total", "Tokens that a step carries.", _STEP_TOKENS)
         self.prompt_tokens = 0
-        self.cached_tokens = 0
         self.generation_tokens = 0
         self.finished: Counter[str] = Counter()
 
-    def timer(self) -> Timer:
-        """Of one generation."""
-        return Timer(self)
+    def take(self, report: StepReport) -> None:
+        """Count a step of the engine."""
+        for seconds in report.first_tokens:
+            self.first_token.observe(seconds)
+        for seconds in report.token_gaps:
+            self.between_tokens.observe(seconds)
+        self.generation_tokens += len(report.first_tokens) + len(report.token_gaps)
+        if report.stats is not None:
+            self.step_tokens.observe(report.stats.num_tokens)
+        for sample in report.finished:
+            self._ended(sample)
+
+    def _ended(self, sample: FinishedSample) -> None:
+        self.finished[sample.finish_reason] += 1
+        self.latency.observe(sample.times.total_s)
+        self.queue.observe(sample.times.queue_s)
+        self.output_length.observe(sample.completion_tokens)
+        if sample.index == 0:
+            self.prompt_tokens += sample.prompt_tokens
+            self.prompt_length.observe(sample.prompt_tokens)
+            self.samples.observe(sample.n)
+        if sample.times.prefill_s is not None:
+            self.prefill.observe(sample.times.prefill_s)
+        if sample.times.decode_s is not None:
+            self.decode.observe(sample.times.decode_s)
 
     def families(self) -> Iterable[Metric]:
         for histogram in vars(self).values():
             if isinstance(histogram, Histogram):
                 yield histogram.family(self.model_id)
-        for name, text, value in (
-            ("prompt_tokens", "Tokens of prompts whose first token was drawn.", self.prompt_tokens),
-            ("prompt_tokens_cached", "Of these, tokens whose KV was found.", self.cached_tokens),
-            ("prefix_cache_queries", "Tokens of prompts that were looked up in the prefix cache.", self.prompt_tokens),
-            ("prefix_cache_hits", "Of these, tokens that were found.", self.cached_tokens),
-            ("generation_tokens", "Tokens generated.", self.generation_tokens),
-        ):
-            yield counter(name, text, [((self.model_id,), value)])
+        one = (self.model_id,)
+        yield counter("prompt_tokens", "Tokens of the prompts of requests that ended.", [(one, self.prompt_tokens)])
+        yield counter("generation_tokens", "Tokens generated.", [(one, self.generation_tokens)])
         finished = [((self.model_id, reason), float(count)) for reason, count in sorted(self.finished.items())]
-        yield counter("request_success", "Samples by how they ended.", finished, ("model_name", "finished_reason"))
-
-
-class Timer:
-    """Measures a generation as its reader sees it, from submission on."""
-
-    def __init__(self, metrics: RequestMetrics) -> None:
-        self._metrics = metrics
-        self._began = time.monotonic()
-        # Choice -> when its last delta came, and the tokens that it had by then.
-        self._last: dict[int, tuple[float, int]] = {}
-        self._ended_choices = 0
-
-    def take(self, choice: int, delta: OutputDelta) -> None:
-        """A delta has been read."""
-        metrics = self._metrics
-        now = time.monotonic()
-        tokens = delta.completion_tokens
-        if (last := self._last.get(choice)) is None:
-            metrics.first_token.observe(now - self._began)
-            metrics.generation_tokens += tokens
-            if delta.index == 0:
-                metrics.prompt_tokens += delta.prompt_tokens
-                metrics.cached_tokens += delta.cached_tokens
-                metrics.prompt_length.observe(delta.prompt_tokens)
-        elif more := tokens - last[1]:
-            metrics.between_tokens.observe((now - last[0]) / more, more)
-            metrics.generation_tokens += more
-        self._last[choice] = (now, tokens)
-        if delta.finish_reason is not None:
-            self._ended(delta, now)
-
-    def close(self, choices: int) -> None:
-        """What has not ended by now was given up."""
-        if unfinished := choices - self._ended_choices:
-            self._metrics.finished["abort"] += unfinished
-            self._ended_choices = choices
-
-    def _ended(self, delta: OutputDelta, now: float) -> None:
-        metrics = self._metrics
-        self._ended_choices += 1
-        metrics.finished[str(delta.finish_reason)] += 1
-        metrics.latency.observe(now - self._began)
-        metrics.output_length.observe(delta.completion_tokens)
-        if (times := delta.times) is not None:
-            metrics.queue.observe(times.queue_s)
-            if times.prefill_s is not None:
-                metrics.prefill.observe(times.prefill_s)
-            if times.decode_s is not None:
-                metrics.decode.observe(times.decode_s)
+        text = "Samples by how they ended: stop, length, abort, timeout, error."
+        yield counter("request_success", text, finished, ("model_name", "finished_reason"))
 
 
 def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Iterable[Metric]:
@@ -173,7 +147,12 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     parts = [((model_id, "wait"), total.io_wait_s), ((model_id, "compute"), total.compute_s)]
     text = "Time of steps: waiting for bytes, and the rest."
     yield counter("step_part_seconds", text, parts, ("model_name", "part"))
-    yield counter("step_seconds", "Time of steps.", [(one, total.wall_s)])
+    yield counter("step_seconds", "Time of steps in the computing process.", [(one, total.wall_s)])
+    loop = stats.loop
+    thread = [("schedule", loop.schedule_s), ("execute", loop.execute_s), ("process", loop.process_s)]
+    text = "Time of the engine's thread: making steps, waiting for them, and with their results."
+    seconds = [((model_id, part), value) for part, value in thread]
+    yield counter("engine_loop_seconds", text, seconds, ("model_name", "part"))
 
 
 def counter(name: str, text: str, values: Values, labels: Sequence[str] = ("model_name",)) -> Metric:

@@ -53,7 +53,7 @@ def make_router(backend: Backend, upstream: "Upstream | None" = None) -> APIRout
         model = await backend.model(body.model)
         with _in_their_words(body, prompt="messages"):
             prompt = await asyncio.to_thread(prepare_chat, model, chat_input(body))
-            generation = await Generation.start(model, [prompt])
+            generation = await Generation.start(model, [prompt], priority=body.priority or 0)
         return await _answer(request, body, generation, ChatWriter(generation, body.include_usage))
 
     @router.post("/completions", response_model=Completion, responses=_GENERATES, summary="Continue raw prompts")
@@ -64,7 +64,7 @@ def make_router(backend: Backend, upstream: "Upstream | None" = None) -> APIRout
         inputs = [TextInput(each, sampling, bool(body.echo), body.add_special_tokens) for each in body.prompt]
         with _in_their_words(body, prompt="prompt"):
             prompts = await asyncio.to_thread(lambda: [prepare_text(model, each) for each in inputs])
-            generation = await Generation.start(model, prompts)
+            generation = await Generation.start(model, prompts, priority=body.priority or 0)
         return await _answer(request, body, generation, CompletionWriter(generation, body.include_usage))
 
     @router.get("/models", response_model=ModelList, summary="Models of this server, and of the one behind it")

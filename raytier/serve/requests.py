@@ -106,6 +106,7 @@ class GenerationRequest(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    priority: int | None = Field(None, description="Lower ones go first, where scheduler.policy is priority.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

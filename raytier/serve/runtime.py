@@ -84,6 +84,7 @@ class Runtime:
         app: name of the application.
         description: of the model, from when the application was built; a loaded one has its own.
         disk_paths: whose disks the status tells of.
+        request_timeout_s: longest life of a request.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class Runtime:
         control: ModelControl,
         description: ModelDescription,
         disk_paths: Sequence[str] = (),
+        request_timeout_s: float | None = None,
     ) -> None:
         self._app = app
         self._node = node
         self._control = control
         self._description = description
         self._disk_paths = disk_paths
+        self._timeout_s = request_timeout_s
         self._began = time.monotonic()
         self._served: ServedModel | None = None
         self._requests = RequestMetrics(control.entry.model_id)
@@ -183,7 +186,8 @@ class Runtime:
         """
         engine = await self._control.engine(model)
         if self._served is None or self._served.engine is not engine:
-            self._served = ServedModel(engine, self._control.entry, self._requests)
+            self._served = ServedModel(engine, self._control.entry, self._timeout_s)
+            engine.observe(self._requests.take)
         return self._served
 
     def metrics(self) -> Iterable[Metric]:

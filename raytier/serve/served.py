@@ -9,7 +9,6 @@ from raytier.config import ModelEntry
 from raytier.engine.engine import Engine
 from raytier.errors import InvalidRequestError
 from raytier.serve.logprobs import TokenTexts
-from raytier.serve.metrics import RequestMetrics
 from raytier.serve.parsers.answer import Languages
 from raytier.serve.parsers.thoughts import TAGS
 from raytier.serve.text import encodable
@@ -20,11 +19,11 @@ _MARKS = frozenset(
 
 
 class ServedModel:
-    """An engine, how its model writes, and where its requests are counted."""
+    """An engine, and how its model writes. `timeout_s`: longest life of a request; None = no limit."""
 
-    def __init__(self, engine: Engine, entry: ModelEntry, metrics: RequestMetrics) -> None:
+    def __init__(self, engine: Engine, entry: ModelEntry, timeout_s: float | None) -> None:
         self.engine = engine
-        self.metrics = metrics
+        self.timeout_s = timeout_s
         self._entry = entry
 
     @cached_property

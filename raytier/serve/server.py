@@ -74,7 +74,8 @@ class LLMServer:
         describe = Describer(config.model.directory(), description)
         self._control = ModelControl(self._group, config.model, describe, config.scheduler.max_queue)
         disks = planned_paths(config, description.manifest.model_dir)
-        self.runtime = Runtime(app, self._group, self._control, description, disks)
+        timeout_s = config.api.request_timeout_s
+        self.runtime = Runtime(app, self._group, self._control, description, disks, timeout_s)
         startup = config.startup_model is not None
         try:
             # In threads: this takes long, and Serve asks this loop for its health meanwhile.

@@ -77,13 +77,14 @@ class Echo:
         self.before_step.get(self.steps, lambda: None)()
         assert self.gate.wait(30), "the test left the gate closed"
         drawn: dict[int, int] = {}
+        self._prompt_len |= {arrival.seq_id: arrival.prompt_len for arrival in batch.arrivals}
         for chunk in batch.chunks:
             known = self._tokens.setdefault(chunk.seq_id, [])
             known[chunk.start :] = chunk.token_ids
-            if chunk.sample is None:
+            if not chunk.draws:
                 continue
-            length = self._prompt_len.setdefault(chunk.seq_id, len(known))
-            position = chunk.sample.position
+            length = self._prompt_len[chunk.seq_id]
+            position = chunk.stop - length
             drawn[chunk.seq_id] = known[position] if position < length else self._end
         return StepResult(batch.step, drawn)
 
