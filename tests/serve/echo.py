@@ -18,7 +18,7 @@ from raytier.checkpoint.manifest import GenerationDefaults, ModelDescription, Mo
 from raytier.config import Scheduler, parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.outputs import EngineStats
-from raytier.engine.step import StepBatch, StepResult
+from raytier.engine.step import Arrival, StepBatch, StepResult, TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, ResourceNotAvailableError, TierError
 from raytier.execution.parameters import ParameterStatus
@@ -42,7 +42,16 @@ TEMPLATE = (
 TEXT = ["The quick brown fox jumps over the lazy dog.", "Grüße aus Köln, 東京 and 🙂 everywhere.", "one two three four"]
 
 
-def make_tokenizer() -> Tokenizer:
+#: As TEMPLATE, of a model that knows tools and thinks; results of tools and earlier calls are shown as JSON.
+TOOL_TEMPLATE = (
+    "{# <tool_call>, <think> #}{% for message in messages %}"
+    "<|{{ 'user' if message.role == 'tool' else message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.arguments.a }}{% endfor %}{% endfor %}"
+    "{% if tools %}{{ tools | length }} tools{% endif %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
     """Byte-level BPE over a few sentences, trained here."""
     backing = Backing(models.BPE())
     backing.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,11 +61,11 @@ def make_tokenizer() -> Tokenizer:
     special = [END, "<|system|>", "<|user|>", "<|assistant|>"]
     backing.add_special_tokens([AddedToken(name, special=True) for name in special])
     end = backing.token_to_id(END)
-    return Tokenizer(TokenizerSpec(backing.to_str(), TEMPLATE, {"eos_token": END}, None, (end,), False))
+    return Tokenizer(TokenizerSpec(backing.to_str(), template, {"eos_token": END}, None, (end,), False))
 
 
 class Echo:
-    """Executor whose model repeats the prompt and then ends.
+    """Executor whose model repeats the prompt and then ends. It thinks -0.5 of what it says, and -1.5 of token 5.
 
     Attributes:
         gate: steps wait here while it is cleared.
@@ -66,7 +75,7 @@ class Echo:
     def __init__(self, end: int) -> None:
         self._end = end
         self._tokens: dict[int, list[int]] = {}
-        self._prompt_len: dict[int, int] = {}
+        self._arrived: dict[int, Arrival] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.before_step: dict[int, Callable[[], object]] = {}
@@ -77,16 +86,27 @@ class Echo:
         self.before_step.get(self.steps, lambda: None)()
         assert self.gate.wait(30), "the test left the gate closed"
         drawn: dict[int, int] = {}
-        self._prompt_len |= {arrival.seq_id: arrival.prompt_len for arrival in batch.arrivals}
+        result = StepResult(batch.step, drawn)
+        self._arrived |= {arrival.seq_id: arrival for arrival in batch.arrivals}
         for chunk in batch.chunks:
             known = self._tokens.setdefault(chunk.seq_id, [])
             known[chunk.start :] = chunk.token_ids
+            arrival = self._arrived[chunk.seq_id]
+            length = arrival.prompt_len
+            seen = range(max(chunk.start, arrival.logprobs_known - 1), min(chunk.stop, length - 1))
+            if arrival.spec.prompt_logprobs is not None and seen:
+                result.prompt_logprobs[chunk.seq_id] = tuple(_thought_of(arrival.tokens[at + 1]) for at in seen)
             if not chunk.draws:
                 continue
-            length = self._prompt_len[chunk.seq_id]
             position = chunk.stop - length
             drawn[chunk.seq_id] = known[position] if position < length else self._end
-        return StepResult(batch.step, drawn)
+            if arrival.spec.logprobs is not None:
+                result.logprobs[chunk.seq_id] = _thought_of(drawn[chunk.seq_id])
+        return result
+
+
+def _thought_of(token: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -0.5, 1, ((token, -0.5), (5, -1.5)))
 
 
 def die() -> None:
@@ -225,11 +245,18 @@ class Served:
 
     created = 1_700_000_000
 
-    def __init__(self, tokenizer: Tokenizer, scheduler: Scheduler, blocks: int, max_context: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        blocks: int,
+        max_context: int,
+        timeout_s: float | None = None,
+    ) -> None:
         self.node = EchoNode(tokenizer, scheduler, blocks, max_context)
         config = parse_config({"models": [{"model_id": MODEL, "source_path": "/models/llama"}]})
         self.control = ModelControl(self.node, config.model, self._describe, scheduler.max_queue)
-        self.runtime = Runtime("app", self.node, self.control, self.node.description)
+        self.runtime = Runtime("app", self.node, self.control, self.node.description, request_timeout_s=timeout_s)
         self.reason: str | None = None
 
     def _describe(self) -> ModelDescription:
