@@ -16,6 +16,9 @@ from raytier.serve.served import ServedModel
 # Variables of the template that are fields of the request themselves.
 _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "continue_final_message", "tools"})
 
+#: Of a tool that says nothing of parameters.
+_NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
 
 @dataclass(frozen=True, slots=True)
 class ChatInput:
@@ -106,7 +109,7 @@ def tool_use(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]
             raise InvalidRequestError(
                 f'tools[{index}] must be {{"type": "function", "function": {{"name": ...}}}}', param="tools"
             )
-        schemas[function["name"]] = function.get("parameters") or {"type": "object", "properties": {}}
+        schemas[function["name"]] = function.get("parameters") or _NOTHING
     if isinstance(choice, Mapping):
         name = (choice.get("function") or {}).get("name")
         if name not in schemas:
