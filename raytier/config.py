@@ -24,12 +24,18 @@ class _Section(BaseModel):
 
 
 class ModelEntry(_Section):
-    """One model that the application may serve."""
+    """One model that the application may serve.
+
+    `tool_call_parser`, `reasoning_parser`: how the model writes calls of tools and its thoughts; auto = as its chat
+    template shows, none = answers are text.
+    """
 
     model_id: str = Field(min_length=1, max_length=200)
     source_type: Literal["local"] = "local"
     source_path: str
     model_format: Literal["safetensors"] = "safetensors"
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3"] = "auto"
+    reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
 
     @field_validator("source_path")
     @classmethod
@@ -167,11 +173,13 @@ class KVCache(_Section):
 
 class Scheduler(_Section):
     """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: beside running streams as many of a
-    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs."""
+    prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs.
+    `policy`: who goes first: fcfs = in order of arrival, priority = by the request's priority (lower ones first)."""
 
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int | Auto = "auto"
     max_queue: int = Field(256, ge=1)
+    policy: Literal["fcfs", "priority"] = "fcfs"
 
     @field_validator("max_num_batched_tokens")
     @classmethod
@@ -192,6 +200,68 @@ class Compute(_Section):
         return cpus if self.threads == "auto" else self.threads
 
 
+class KeySource(_Section):
+    """Where keys are, several divided by white space: in a file, or in a variable of the replica's environment.
+
+    A variable that is named here has to be there; the default one may be missing, and then no key is asked for.
+    """
+
+    file: str | None = None
+    env: str
+
+    @field_validator("file")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
+
+
+class ApiKey(KeySource):
+    env: str = "RAYTIER_API_KEY"
+
+
+class AdminKey(KeySource):
+    env: str = "RAYTIER_ADMIN_KEY"
+
+
+class UpstreamKey(KeySource):
+    env: str = "RAYTIER_UPSTREAM_KEY"
+
+
+class Upstream(_Section):
+    """An OpenAI-compatible server that gets requests for models which are not held here.
+
+    `base_url`: up to and with /v1. `timeout_s`: longest silence. `key`: sent to it; what clients send here never is.
+    """
+
+    base_url: str | None = None
+    timeout_s: float = Field(120, gt=0)
+    connect_timeout_s: float = Field(5, gt=0)
+    key: UpstreamKey = UpstreamKey()
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is None or value.startswith(("http://", "https://")):
+            return value and value.rstrip("/")
+        raise ValueError("must begin with http:// or https://")
+
+
+class ApiSection(_Section):
+    """The HTTP front. `key`: of those who may call; `admin_key`: of those who may load, unload and move models.
+
+    `max_body_mb`: largest request; a prompt of a million tokens as JSON integers is about 7 MB.
+    `request_timeout_s`: longest life of a request, its time in the queue included; null = no limit.
+    """
+
+    key: ApiKey = ApiKey()
+    admin_key: AdminKey = AdminKey()
+    max_body_mb: float = Field(32, gt=0)
+    request_timeout_s: float | None = Field(None, gt=0)
+    upstream: Upstream = Upstream()
+
+
 class AppConfig(_Section):
     """`args:` of `raytier.serve:build_app`.
 
@@ -206,6 +276,7 @@ class AppConfig(_Section):
     kv: KVCache = KVCache()
     scheduler: Scheduler = Scheduler()
     compute: Compute = Compute()
+    api: ApiSection = ApiSection()
     cache_dir: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/raytier"))
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

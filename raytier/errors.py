@@ -81,6 +81,14 @@ class InvalidRequestError(RaytierError):
         self.param = param
 
 
+class GenerationError(RaytierError):
+    """A request leaves no token to draw, though the engine goes on: what it allows contradicts itself, or its grammar
+    grew beyond what can be followed."""
+
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+
 class ParameterNotFoundError(InvalidRequestError):
     """The loaded model has no such parameter or layer."""
 
@@ -125,3 +133,37 @@ class EngineDeadError(RaytierError):
 
     http_status = 503
     openai_type = "server_error"
+
+
+class RequestTimeoutError(RaytierError):
+    """A request took longer than this server lets one take."""
+
+    http_status = 504
+    openai_type = "server_error"
+
+
+class AccessError(RaytierError):
+    """A request without a key that it needs (401), or with a wrong one (403)."""
+
+    http_status = 403
+    openai_type = "permission_error"
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+        if missing:
+            self.http_status = 401
+            self.openai_type = "authentication_error"
+
+
+class UpstreamError(RaytierError):
+    """The server behind this one cannot be reached."""
+
+    http_status = 503
+    openai_type = "server_error"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The server behind this one did not answer in time."""
+
+    http_status = 504

@@ -93,6 +93,7 @@ def local_engine(
         host_views={p.name: arena.view[places[p.name] : places[p.name] + p.nbytes] for p in on_host if arena},
         io_threads=nvme.io_threads,
         io_bytes=int(nvme.io_mb * 2**20),
+        tokenizer=description.tokenizer,
     )
     pool = BlockPool(share.block_size)
     pool.add_extent(1, share.kv_blocks - 1)

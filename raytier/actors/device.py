@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raytier.actors.compute import ComputeThread
-from raytier.checkpoint.manifest import ModelManifest
+from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
 from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import InvalidRequestError
 from raytier.execution.parameters import ParameterStatus
@@ -151,6 +151,7 @@ class DeviceActor:
         copies: Mapping[str, TierCopy],
         io_threads: int,
         io_bytes: int,
+        tokenizer: TokenizerSpec,
     ) -> float:
         """Load `plan`'s share of a model; returns the seconds until steps may run, which is before all is read.
 
@@ -175,6 +176,7 @@ class DeviceActor:
             copies=copies,
             io_threads=io_threads,
             io_bytes=io_bytes,
+            tokenizer=tokenizer,
         )
         try:
             self._runner = self._compute.call(load)

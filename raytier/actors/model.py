@@ -157,7 +157,14 @@ class LoadedModel:
                 copies |= room.copies
         nvme = config.tiers.nvme
         self._loading = actors.device.load.remote(
-            self.model_id, manifest, plan, grants, copies, nvme.io_threads, int(nvme.io_mb * MIB)
+            self.model_id,
+            manifest,
+            plan,
+            grants,
+            copies,
+            nvme.io_threads,
+            int(nvme.io_mb * MIB),
+            self.description.tokenizer,
         )
         tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
         answer_of(opening, _CALL_TIMEOUT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -57,13 +58,16 @@ def transfer(
 
 
 def _call(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET `url`, or POST `body` to it, as JSON.
+    """GET `url`, or POST `body` to it, as JSON; with the key that the environment has.
 
     Raises:
         RaytierError: what the server says is wrong, or that there is none.
     """
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("RAYTIER_ADMIN_KEY") or os.environ.get("RAYTIER_API_KEY"):
+        headers["X-API-Key"] = key.split()[0]
+    request = urllib.request.Request(url, data, headers)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             content: dict[str, Any] = json.load(answer)

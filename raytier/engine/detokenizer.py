@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
+from raytier.engine.byte_level import bytes_of
 from raytier.engine.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
@@ -24,6 +25,7 @@ class Detokenizer:
         stop: strings that end the text, also across token borders.
         include_stop: keep the stop string itself.
         skip_special_tokens: leave special tokens out.
+        min_tokens: a stop string ends the text when a later token than so many completes it.
     """
 
     def __init__(
@@ -33,23 +35,29 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._decoder: _Decoder = _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _WindowDecoder(tokenizer)
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._matcher = StopMatcher(stop, include_stop) if stop else None
+        self._unarmed = min_tokens  # tokens still to come that cannot end the text
 
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """New text that is certain, and whether a stop string ended it (push no more then)."""
+    def push(self, token_id: int) -> tuple[str, str | None]:
+        """New text that is certain, and the stop string that ended it, if one did (push no more then)."""
         text = "" if token_id in self._skipped else self._decoder.push(token_id)
-        return self._matcher.push(text) if self._matcher else (text, False)
+        if self._matcher is None:
+            return text, None
+        armed = self._unarmed <= 0
+        self._unarmed -= 1
+        return self._matcher.push(text, armed)
 
-    def flush(self) -> tuple[str, bool]:
+    def flush(self) -> tuple[str, str | None]:
         """What was held back, when no more tokens come; an incomplete character becomes U+FFFD."""
         text = self._decoder.flush()
         if self._matcher is None:
-            return text, False
-        text, hit = self._matcher.push(text)
-        return (text, True) if hit else (text + self._matcher.flush(), False)
+            return text, None
+        text, hit = self._matcher.push(text, self._unarmed < 0)
+        return (text, hit) if hit is not None else (text + self._matcher.flush(), None)
 
 
 class StopMatcher:
@@ -66,22 +74,25 @@ class StopMatcher:
         self._states = [0] * len(stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that cannot become part of a stop string any more, and whether one was found."""
+    def push(self, text: str, armed: bool = True) -> tuple[str, str | None]:
+        """Text that cannot become part of a stop string any more, and the one that was found; one that is complete
+        within a text that is not `armed` is passed over."""
         for position, character in enumerate(text):
             for index, (stop, failure) in enumerate(self._stops):
                 state = self._states[index]
                 while state and stop[state] != character:
                     state = failure[state - 1]
                 state += stop[state] == character
-                if state == len(stop):
+                if state == len(stop) and armed:
                     seen = self._held + text[: position + 1]
-                    return (seen if self._include else seen[: len(seen) - len(stop)]), True
+                    return (seen if self._include else seen[: len(seen) - len(stop)]), stop
+                if state == len(stop):
+                    state = failure[state - 1]
                 self._states[index] = state
         seen = self._held + text
         certain = len(seen) - max(self._states)
         self._held = seen[certain:]
-        return seen[:certain], False
+        return seen[:certain], None
 
     def flush(self) -> str:
         held, self._held = self._held, ""
@@ -116,28 +127,10 @@ class _ByteDecoder:
 
     def push(self, token_id: int) -> str:
         token = self._tokenizer.token(token_id)
-        return "" if token is None else self._utf8.decode(_token_bytes(token))
+        return "" if token is None else self._utf8.decode(bytes_of(token))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
-
-
-@lru_cache(maxsize=1)
-def _byte_of() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
-    return alphabet
-
-
-def _token_bytes(token: str) -> bytes:
-    alphabet = _byte_of()
-    try:
-        return bytes([alphabet[character] for character in token])
-    except KeyError:
-        return token.encode()  # an added token, spelled out
 
 
 class _WindowDecoder:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
-import secrets
 import threading
-from collections import Counter
+import time
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
@@ -17,20 +15,22 @@ from queue import SimpleQueue
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
-from raytier.engine.detokenizer import Detokenizer
-from raytier.engine.outputs import EngineStats, OutputDelta, Sink, StepReport, add_stats, merge
+from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, Sink, StepReport, merge
+from raytier.engine.requests import Request, Sample, build_request, check_prompt, check_terms, specify
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.scheduler import Scheduler, SchedulerLimits
-from raytier.engine.sequence import FinishReason, Sequence
-from raytier.engine.step import StepBatch, StepExecutor, StepResult, StepStats
-from raytier.engine.streams import LoopMailbox, StreamReader
+from raytier.engine.sequence import FinishReason
+from raytier.engine.statistics import Statistics
+from raytier.engine.step import StepBatch, StepExecutor, StepResult, StepStats, TokenLogprobs
+from raytier.engine.streams import Mailboxes, StreamReader
 from raytier.engine.tokenizer import Tokenizer
-from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError, RaytierError
+from raytier.errors import EngineDeadError, GenerationError, InvalidRequestError, QueueFullError, RaytierError
 from raytier.kv.block_pool import BlockPool
 
 logger = logging.getLogger(__name__)
 
 CLOSED = "it was closed"
+NO_TIME = LoopTimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,6 @@ class EngineConfig:
     epoch: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Request:
-    request_id: str
-    sequence: Sequence
-    detokenizer: Detokenizer
-    sink: Sink
-
-
 class Engine:
     """Serves one model: any thread or event loop submits, the engine's thread steps.
 
@@ -70,7 +62,7 @@ class Engine:
 
     Args:
         block_pool: the blocks this engine may use; its own from now on.
-        on_step: called on the engine's thread after every step; must not block.
+        on_step: called on the engine's thread after every step; must not block. `observe` adds further ones.
     """
 
     def __init__(
@@ -97,70 +89,113 @@ class Engine:
         )
         self._executor = executor
         self._pool = block_pool
-        self._on_step = on_step
+        self._observers: tuple[Callable[[StepReport], None], ...] = () if on_step is None else (on_step,)
         self._scheduler = Scheduler(model_id, block_pool, limits, epoch=config.epoch)
         self._changed = threading.Condition()
-        self._requests: dict[str, _Request] = {}
-        self._by_sequence: dict[int, _Request] = {}
+        self._requests: dict[str, Request] = {}
+        self._by_sequence: dict[int, tuple[Request, Sample]] = {}
+        self._deadlines: dict[str, float] = {}
         self._outbox: list[tuple[Sink, OutputDelta]] = []
-        self._mailboxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
+        self._mailboxes = Mailboxes()
         self._ids = itertools.count(1)
         self._dead: str | None = None
         self._error: str | None = None
         self._closing = False
-        self._steps = self._reports = self._prompt_tokens = self._generated_tokens = 0
-        self._finished: Counter[str] = Counter()
-        self._last_step: StepStats | None = None
-        self._total = StepStats()
+        self._statistics = Statistics()
+        self._schedule_s = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine-{model_id}", daemon=True)
         self._thread.start()
 
     # ---- callers' side: any thread -------------------------------------------------------------
 
-    def submit(self, prompt_token_ids: SequenceOf[int], params: SamplingParams, sink: Sink) -> str:
-        """Queue a request and return its id; `sink` gets its deltas, the last one with a finish_reason.
+    def observe(self, on_step: Callable[[StepReport], None]) -> None:
+        """Have `on_step` called on the engine's thread after every step from now on; it must not block."""
+        with self._changed:
+            self._observers = (*self._observers, on_step)
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse what this model cannot do, as `submit` does. A new grammar may take a second to compile and is then
+        remembered: call this where waiting does no harm before you submit on an event loop.
 
         Raises:
-            InvalidRequestError: the prompt is empty, holds unknown ids or can never fit.
+            InvalidRequestError: the message says what, and where.
+        """
+        specify(params, self.tokenizer, self.defaults, self.config.vocab_size)
+
+    def submit(
+        self,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Queue a request and return its id; `sink` gets its deltas, the last one of each sample with a finish_reason,
+        the very last one `done`.
+
+        Args:
+            priority: lower ones go first, where `scheduler.policy` is priority.
+            timeout_s: from now on; what is there by then is the output, with finish_reason timeout.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, holds unknown ids or can never fit; the model cannot do what
+                `params` say.
             QueueFullError: too many requests wait.
             EngineDeadError: the engine died or was closed.
         """
+        arrived = time.monotonic()
         tokens = list(prompt_token_ids)
-        self._check_prompt(tokens)
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= frozenset(self.defaults.stop_token_ids)
-        detokenizer = Detokenizer(
-            self.tokenizer,
-            stop=params.stop,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
+        check_prompt(tokens, self.config.vocab_size)
+        check_terms(priority, timeout_s, self.config.scheduler.policy)
+        first = next(self._ids)
+        request = build_request(
+            tokens,
+            params,
+            sink,
+            f"{self.model_id}-{self.config.epoch}-{first}",
+            itertools.chain([first], self._ids),
+            arrived=arrived,
+            priority=priority,
+            tokenizer=self.tokenizer,
+            defaults=self.defaults,
+            vocab_size=self.config.vocab_size,
+            max_context=self.config.max_context,
         )
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        longest = min(len(tokens) + params.max_tokens, self.config.max_context)
         with self._changed:
             self._check_alive()
-            seq_id = next(self._ids)
-            sequence = Sequence(seq_id, tokens, len(tokens), longest, params, seed, stop_ids)
-            self._scheduler.add(sequence)
-            request = _Request(f"{self.model_id}-{self.config.epoch}-{seq_id}", sequence, detokenizer, sink)
+            self._scheduler.add(*(sample.sequence for sample in request.samples))
             self._requests[request.request_id] = request
-            self._by_sequence[seq_id] = request
+            self._by_sequence |= {sample.sequence.seq_id: (request, sample) for sample in request.samples}
+            if timeout_s is not None:
+                self._deadlines[request.request_id] = arrived + timeout_s
             self._changed.notify_all()
         return request.request_id
 
     def abort(self, request_id: str) -> bool:
-        """End a request in any state; False when it is not known or has ended. Its sink gets a last delta."""
+        """End a request in any state; False when it is not known or has ended. Its sink gets the last deltas."""
         with self._changed:
-            request = self._requests.get(request_id)
-            if request is None:
-                return False
-            self._scheduler.finish(request.sequence, FinishReason.ABORT)
-            self._emit(request, request.detokenizer.flush()[0], ())
-            self._changed.notify_all()
-            return True
+            return self._end(request_id, FinishReason.ABORT)
 
-    async def stream(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> AsyncIterator[OutputDelta]:
+    def _end(self, request_id: str, reason: FinishReason) -> bool:
+        """End what is left of a request, under the lock."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        for sample in request.samples:
+            if self._scheduler.finish(sample.sequence, reason):
+                self._emit(request, sample, sample.detokenizer.flush()[0])
+        self._changed.notify_all()
+        return True
+
+    async def stream(
+        self,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[OutputDelta]:
         """Deltas of a request: the first as soon as it exists, then all that is ready whenever the reader asks.
 
         Closing the generator (a client that went away) aborts the request.
@@ -168,46 +203,39 @@ class Engine:
         Raises:
             InvalidRequestError, QueueFullError, EngineDeadError: as `submit`, at the first `anext`;
                 EngineDeadError also when the engine dies on the way.
+            GenerationError: no token is left to draw.
         """
-        loop = asyncio.get_running_loop()
         reader = StreamReader()
-        with self._changed:
-            mailbox = self._mailboxes.setdefault(loop, LoopMailbox(loop))
-            mailbox.readers += 1
-        try:
-            request_id = self.submit(prompt_token_ids, params, partial(mailbox.post, reader))
+        with self._mailboxes.reading() as mailbox:
+            sink = partial(mailbox.post, reader)
+            request_id = self.submit(prompt_token_ids, params, sink, priority=priority, timeout_s=timeout_s)
             try:
-                while True:
-                    delta = await reader.get()
-                    if delta.error is not None:
-                        raise EngineDeadError(delta.error)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
+                done = False
+                while not done:
+                    for delta in await reader.get():
+                        self._raise_error(delta)
+                        yield delta
+                        done = delta.done
             finally:
                 self.abort(request_id)
-        finally:
-            with self._changed:
-                mailbox.readers -= 1
-                if not mailbox.readers:
-                    self._mailboxes.pop(loop, None)
 
     def generate(
         self, prompts: SequenceOf[SequenceOf[int]], params: SamplingParams | SequenceOf[SamplingParams]
     ) -> list[OutputDelta]:
-        """Run prompts to their end, blocking; one merged delta per prompt, in order. Not for the engine's sinks.
+        """Run prompts to their end, blocking; one merged delta per prompt and sample, in order. Not for the engine's
+        sinks.
 
         More prompts than the queue holds are fed as places become free.
 
         Raises:
             InvalidRequestError: a prompt is refused (none of them is left running then).
-            EngineDeadError: the engine died.
+            EngineDeadError: the engine died. GenerationError: no token is left to draw.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts but {len(each)} sampling params", param="params")
         arrived: SimpleQueue[tuple[int, OutputDelta]] = SimpleQueue()
-        outputs: list[list[OutputDelta]] = [[] for _ in prompts]
+        outputs: list[list[list[OutputDelta]]] = [[[] for _ in range(one.n)] for one in each]
         request_ids: list[str] = []
         running = 0
         try:
@@ -223,31 +251,19 @@ class Engine:
                         if not running:
                             raise
                 index, delta = arrived.get()
-                if delta.error is not None:
-                    raise EngineDeadError(delta.error)
-                outputs[index].append(delta)
-                running -= delta.finish_reason is not None
+                self._raise_error(delta)
+                outputs[index][delta.index].append(delta)
+                running -= delta.done
         finally:
             for request_id in request_ids:
                 self.abort(request_id)
-        return [merge(deltas) for deltas in outputs]
+        return [merge(deltas) for samples in outputs for deltas in samples]
 
     def stats(self) -> EngineStats:
         with self._changed:
-            return EngineStats(
-                running=self._scheduler.num_running,
-                waiting=self._scheduler.num_waiting,
-                steps=self._steps,
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated_tokens,
-                finished=dict(self._finished),
-                preemptions=self._scheduler.num_preemptions,
-                kv_blocks_total=self._pool.num_blocks,
-                kv_blocks_used=self._pool.num_used,
-                kv_blocks_free=self._pool.num_free,
-                last_step=self._last_step,
-                total=self._total,
-                dead=self._dead,
+            scheduler = self._scheduler
+            return self._statistics.snapshot(
+                scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, self._pool, self._dead
             )
 
     @property
@@ -273,8 +289,9 @@ class Engine:
     def _run(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
+                began = time.perf_counter()
                 result = self._executor.step(batch)
-                self._postprocess(batch, result)
+                self._postprocess(batch, result, time.perf_counter() - began)
             if self._error is None:
                 self._end_all(FinishReason.ABORT, CLOSED)
             else:
@@ -286,13 +303,28 @@ class Engine:
     def _next_batch(self) -> StepBatch | None:
         """The next step, waiting for work; None when the engine closes."""
         while not self._closing:
+            began = time.perf_counter()
             with self._changed:
+                self._expire()
                 batch = self._scheduler.schedule()
+                if batch is not None:
+                    now = time.monotonic()
+                    for arrival in batch.arrivals:
+                        sample = self._by_sequence[arrival.seq_id][1]
+                        sample.scheduled = now if sample.scheduled is None else sample.scheduled
+            self._schedule_s = time.perf_counter() - began
             self._deliver()  # what aborts between the steps left
             if batch is not None:
                 return batch
             self._rest()
         return None
+
+    def _expire(self) -> None:
+        """End the requests whose time is over."""
+        if self._deadlines:
+            now = time.monotonic()
+            for request_id in [each for each, deadline in self._deadlines.items() if deadline <= now]:
+                self._end(request_id, FinishReason.TIMEOUT)
 
     def _rest(self) -> None:
         """Nothing to run: check the books, report blocks that came back without a step, sleep until needed."""
@@ -307,75 +339,80 @@ class Engine:
     def _idle(self) -> bool:
         return not (self._closing or self._outbox or self._scheduler.has_work)
 
-    def _postprocess(self, batch: StepBatch, result: StepResult) -> None:
+    def _postprocess(self, batch: StepBatch, result: StepResult, execute_s: float) -> None:
         """Book the result, turn new tokens into deltas, end what is finished, tell the readers."""
+        began, now = time.perf_counter(), time.monotonic()
         with self._changed:
-            for sequence, token in self._scheduler.apply(result):
-                self._take_token(self._by_sequence[sequence.seq_id], token)
-            self._steps += 1
-            self._last_step = result.stats
-            self._total = add_stats(self._total, result.stats)
+            news = self._scheduler.apply(result)
+            for seq_id, logprobs in result.prompt_logprobs.items():
+                if seq_id in self._by_sequence:
+                    self._by_sequence[seq_id][0].take_prompt_logprobs(logprobs)
+            for sequence, token in news:
+                self._take(*self._by_sequence[sequence.seq_id], token, result, now)
+            self._statistics.note_step(result.stats)
         self._deliver()
-        self._report(result.stats)
+        self._report(result.stats, LoopTimes(self._schedule_s, execute_s, time.perf_counter() - began))
 
-    def _take_token(self, request: _Request, token: int) -> None:
-        sequence = request.sequence
-        self._generated_tokens += 1
-        if sequence.num_output == 1:
-            self._prompt_tokens += sequence.prompt_len
-        text, hit = "", False
-        if sequence.finish_reason is not FinishReason.STOP:  # the text of a stop token is not output
-            text, hit = request.detokenizer.push(token)
-        if not hit and sequence.finished:
-            rest, hit = request.detokenizer.flush()
-            text += rest
+    def _take(self, request: Request, sample: Sample, token: int | None, result: StepResult, now: float) -> None:
+        """A new token of a sample, or its end without one."""
+        sequence = sample.sequence
+        if token is not None:
+            self._statistics.note_token(request, sample, now)
+        if sequence.num_output == (token is not None):
+            self._statistics.note_prompt(sequence.prompt_len)
+        text, hit = request.take(sample, token, now)
         if hit:
             self._scheduler.finish(sequence, FinishReason.STOP)
             sequence.finish_reason = FinishReason.STOP  # also where the length was reached with the same token
-        self._emit(request, text, (token,))
+        seq_id = sequence.seq_id
+        self._emit(request, sample, text, token, result.logprobs.get(seq_id), result.failed.get(seq_id))
 
-    def _emit(self, request: _Request, text: str, tokens: tuple[int, ...], error: str | None = None) -> None:
-        sequence = request.sequence
-        reason = None if sequence.finish_reason is None else sequence.finish_reason.value
-        delta = OutputDelta(
-            request.request_id, sequence.sample, text, tokens, reason, sequence.prompt_len, sequence.num_output, error
-        )
+    def _emit(
+        self,
+        request: Request,
+        sample: Sample,
+        text: str,
+        token: int | None = None,
+        logprobs: TokenLogprobs | None = None,
+        error: str | None = None,
+    ) -> None:
+        delta = request.delta(sample, text, token, logprobs, time.monotonic(), error)
         self._outbox.append((request.sink, delta))
-        if reason is not None:
-            self._finished[reason] += 1
+        if delta.finish_reason is None:
+            return
+        self._statistics.note_end(request, sample, delta)
+        del self._by_sequence[sample.sequence.seq_id]
+        if delta.done:
             del self._requests[request.request_id]
-            del self._by_sequence[sequence.seq_id]
+            self._deadlines.pop(request.request_id, None)
 
     def _deliver(self) -> None:
         """Hand the deltas to their sinks, in order, without the lock: a sink may submit or abort."""
         with self._changed:
             outbox, self._outbox = self._outbox, []
-            mailboxes = list(self._mailboxes.items())
         for sink, delta in outbox:
             try:
                 sink(delta)
             except Exception:
                 logger.exception("sink of request %s failed; the request is aborted", delta.request_id)
                 self.abort(delta.request_id)
-        for loop, mailbox in mailboxes:
-            if orphans := mailbox.flush():
-                self._mailboxes.pop(loop, None)
-                for request_id in orphans:
-                    self.abort(request_id)
+        for request_id in self._mailboxes.flush():
+            self.abort(request_id)
 
-    def _report(self, stats: StepStats | None) -> None:
-        if self._on_step is None:
-            return
+    def _report(self, stats: StepStats | None, times: LoopTimes = NO_TIME) -> None:
+        scheduler = self._scheduler
         with self._changed:
-            delta = self._scheduler.take_delta()
-            if stats is None and not delta:
-                return
-            self._reports += 1
-            running, waiting = self._scheduler.num_running, self._scheduler.num_waiting
-        try:
-            self._on_step(StepReport(self.config.epoch, self._reports, running, waiting, stats, delta))
-        except Exception:
-            logger.exception("on_step of the engine of %s failed; its report is lost", self.model_id)
+            report = self._statistics.report(
+                self.config.epoch, scheduler.num_running, scheduler.num_waiting, scheduler.take_delta(), stats, times
+            )
+            observers = self._observers
+        if report is None:
+            return
+        for observer in observers:
+            try:
+                observer(report)
+            except Exception:
+                logger.exception("on_step of the engine of %s failed; its report is lost", self.model_id)
 
     def _end_all(self, reason: FinishReason, why: str) -> None:
         """Finish every request and refuse new ones."""
@@ -384,24 +421,16 @@ class Engine:
             # A block pool in disorder may be the cause of death; the readers are told all the same.
             with suppress(ValueError):
                 self._scheduler.drop_in_flight()
-            for request in list(self._requests.values()):
+            for request, sample in list(self._by_sequence.values()):
                 with suppress(ValueError):
-                    self._scheduler.finish(request.sequence, reason)
-                self._emit(request, "", (), why if reason is FinishReason.ERROR else None)
+                    self._scheduler.finish(sample.sequence, reason)
+                self._emit(request, sample, "", error=why if reason is FinishReason.ERROR else None)
         self._deliver()
         self._report(None)
 
-    def _check_prompt(self, tokens: list[int]) -> None:
-        if not tokens:
-            raise InvalidRequestError("the prompt is empty: at least one token is needed", param="prompt")
-        if not all(type(token) is int for token in tokens):
-            raise InvalidRequestError("the prompt must be a list of integer token ids", param="prompt")
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.config.vocab_size:
-            raise InvalidRequestError(
-                f"token ids must be between 0 and {self.config.vocab_size - 1}, the prompt has {low} to {high}",
-                param="prompt",
-            )
+    def _raise_error(self, delta: OutputDelta) -> None:
+        if delta.error is not None:
+            raise EngineDeadError(delta.error) if self._dead is not None else GenerationError(delta.error)
 
     def _check_alive(self) -> None:
         if self._dead is not None or self._closing:

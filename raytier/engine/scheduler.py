@@ -1,4 +1,4 @@
-"""What runs next: continuous batching with chunked prefill, first come first served. Pure: ids and lengths only.
+"""What runs next: continuous batching with chunked prefill, by priority and arrival. Pure: ids and lengths only.
 
 `schedule` makes a step, `apply` takes its result; between the two the step is *in flight* and its blocks
 are being written. Every running sequence holds the blocks of all its known tokens from its admission on (one
@@ -7,14 +7,21 @@ allocation, so a prompt lies in few runs); later it needs a block only when deco
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 
 from raytier.engine.sequence import FinishReason, Sequence, Status
 from raytier.engine.step import SequenceChunk, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from raytier.kv.block_pool import BlockPool
 from raytier.kv.ledger import LedgerDelta, SequenceDelta
+
+#: Least prompt tokens per step whose logprobs are computed, so that a crowd of decodes does not starve them.
+_LEAST_ROWS = 16
+
+_order = attrgetter("order")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +37,37 @@ class SchedulerLimits:
     max_context: int
 
 
+@dataclass(slots=True)
+class _Budget:
+    """What is left of a step: tokens for decodes and for prefills, and logits of prompt tokens."""
+
+    decodes: int
+    prefill: int
+    rows: int
+
+    def take(self, sequence: Sequence, count: int) -> int:
+        """Set aside up to `count` prefill tokens of a sequence; how many it gets."""
+        count = min(count, self.prefill)
+        if (excess := sequence.logit_rows(count) - self.rows) > 0:
+            # The last token of a prompt needs no row, and does not come before the others.
+            count = min(count, sequence.prompt_len - 1 - sequence.num_computed) - excess
+        self.rows -= sequence.logit_rows(count)
+        self.prefill -= count
+        return count
+
+
 class Scheduler:
     """Decides which tokens of which sequences a step carries, and owns the block tables.
 
     Order within a step: running decodes, running prefills (chunked by what is left of the budget), then
-    waiting sequences. When blocks run out the latest running sequence is preempted: its blocks come back
-    and it is recomputed later, from the front of the queue.
+    waiting sequences. When blocks run out the last running sequence is preempted: its blocks come back
+    and it is recomputed later, from its place in the queue. A sequence that waits preempts none that runs.
 
-    Invariants: `running` and then `waiting` are in order of arrival; no block is in two block tables; a step
-    carries at most max_num_batched_tokens tokens, with a decode among them max_mixed_tokens; at most max_num_seqs
-    sequences run.
-    Progress: the oldest running sequence can always preempt the others, and `add` refuses what does not
-    fit alone, so it finishes; then the next one is the oldest.
+    Invariants: `running` and `waiting` are each in order of (priority, arrival); no block is in two block tables; a
+    step carries at most max_num_batched_tokens tokens, with a decode among them max_mixed_tokens; at most max_num_seqs
+    sequences run; logprobs are computed of at most 2 x max_num_seqs prompt tokens per step.
+    Progress: the first running sequence can always preempt the others, and `add` refuses what does not
+    fit alone, so it finishes; then the next one is the first.
     """
 
     def __init__(self, model_id: str, pool: BlockPool, limits: SchedulerLimits, *, epoch: int = 0) -> None:
@@ -50,9 +76,11 @@ class Scheduler:
         self._limits = limits
         self._epoch = epoch
         self._step = 0
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._in_flight: dict[int, tuple[Sequence, SequenceChunk]] = {}
+        self._sent: set[int] = set()  # sequences that the executor knows
+        self._ended: list[int] = []  # what it knows and may forget
         self._changes: dict[int, tuple[set[int], set[int]]] = {}  # sequence -> blocks (gained, lost)
         self._allocations = 0
         self._failures = 0
@@ -70,20 +98,28 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Its `max_tokens` is the length at which it will finish.
+    def add(self, *sequences: Sequence) -> None:
+        """Queue new sequences, all or none. Their `max_tokens` is the length at which they will finish.
 
         Raises:
-            InvalidRequestError: it could never run, with the numbers.
-            QueueFullError: max_queue sequences wait already.
+            InvalidRequestError: one could never run, with the numbers.
+            QueueFullError: max_queue sequences would wait.
         """
-        self._check_fits(sequence)
-        if len(self._waiting) >= self._limits.max_queue:
+        for sequence in sequences:
+            self._check_fits(sequence)
+        limit = self._limits.max_queue
+        if len(sequences) > limit:
+            raise InvalidRequestError(
+                f"{len(sequences)} samples of one request; at most {limit} can wait (scheduler.max_queue): lower n",
+                param="n",
+            )
+        if len(self._waiting) + len(sequences) > limit:
             raise QueueFullError(
                 f"the request queue is full: {len(self._waiting)} waiting (scheduler.max_queue), "
                 f"{len(self._running)} running; retry later"
             )
-        self._waiting.append(sequence)
+        for sequence in sequences:
+            insort(self._waiting, sequence, key=_order)
 
     def schedule(self) -> StepBatch | None:
         """The next step, now in flight; None when nothing can run (only when nothing waits or runs).
@@ -101,47 +137,57 @@ class Scheduler:
         if not planned:
             return None
         self._step += 1
-        chunks = []
+        chunks, arrivals = [], []
         for sequence, count in planned:
             start, known = sequence.num_computed, len(sequence.tokens)
             tokens = tuple(sequence.tokens[start : start + count])
-            draw = sequence.next_draw() if start + count == known else None
-            chunk = SequenceChunk(sequence.seq_id, tokens, start, tuple(sequence.block_table), draw)
+            draws = start + count == known < sequence.max_tokens
+            chunk = SequenceChunk(sequence.seq_id, tokens, start, tuple(sequence.block_table), draws)
             self._in_flight[sequence.seq_id] = (sequence, chunk)
             chunks.append(chunk)
-        return StepBatch(self._model_id, self._epoch, self._step, tuple(chunks))
+            if sequence.seq_id not in self._sent:
+                self._sent.add(sequence.seq_id)
+                arrivals.append(sequence.arrival())
+        ended, self._ended = tuple(self._ended), []
+        return StepBatch(self._model_id, self._epoch, self._step, tuple(chunks), tuple(arrivals), ended)
 
-    def apply(self, result: StepResult) -> list[tuple[Sequence, int]]:
-        """Take the result of the step in flight: (sequence, new token) for each token drawn.
+    def apply(self, result: StepResult) -> list[tuple[Sequence, int | None]]:
+        """Take the result of the step in flight: (sequence, new token) for each token drawn, and (sequence, None) for
+        each that ended without one.
 
-        A sequence that reached a stop token or its length is finished when this returns. Sequences
-        aborted while the step ran are dropped here, their blocks freed now.
+        A sequence that reached a stop token or its length is finished when this returns, and so is one whose token
+        could not be drawn. Sequences aborted while the step ran are dropped here, their blocks freed now.
 
         Raises:
             EngineDeadError: the result is not that of the step in flight, or a token is missing.
         """
         if not self._in_flight or result.step != self._step:
             raise EngineDeadError(f"result of step {result.step}, but step {self._step} was expected")
-        missing = [s for s, (_, c) in self._in_flight.items() if c.sample is not None and s not in result.tokens]
+        answered = result.tokens.keys() | result.failed.keys()
+        missing = [seq_id for seq_id, (_, chunk) in self._in_flight.items() if chunk.draws and seq_id not in answered]
         if missing:
             raise EngineDeadError(f"step {result.step} returned no token for sequences {missing}")
-        drawn = []
+        news: list[tuple[Sequence, int | None]] = []
         in_flight, self._in_flight = self._in_flight, {}
         for sequence, chunk in in_flight.values():
             if sequence.finished:
                 self._release(sequence)
                 continue
-            sequence.num_computed += len(chunk.token_ids)
-            if chunk.sample is None:
-                continue
-            token = result.tokens[sequence.seq_id]
-            sequence.tokens.append(token)
-            drawn.append((sequence, token))
+            sequence.num_computed = chunk.stop
+            sequence.logprobs_known += len(result.prompt_logprobs.get(sequence.seq_id, ()))
+            token = result.tokens[sequence.seq_id] if chunk.draws and sequence.seq_id not in result.failed else None
+            if token is not None:
+                sequence.tokens.append(token)
+            elif chunk.draws:
+                self.finish(sequence, FinishReason.ERROR)
+            elif sequence.remaining:
+                continue  # in the middle of its prompt
+            news.append((sequence, token))
             if token in sequence.stop_ids:
                 self.finish(sequence, FinishReason.STOP)
             elif len(sequence.tokens) >= sequence.max_tokens:
                 self.finish(sequence, FinishReason.LENGTH)
-        return drawn
+        return news
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> bool:
         """End a sequence in any state; False when it had ended before.
@@ -157,6 +203,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
+        self._forget(sequence)
         if sequence.seq_id not in self._in_flight:
             self._release(sequence)
         return True
@@ -200,20 +247,21 @@ class Scheduler:
                     raise AssertionError(
                         f"sequence {sequence.seq_id} is {sequence.status.value} in the {status.value} queue"
                     )
-        order = [sequence.seq_id for sequence in (*self._running, *self._waiting)]
-        if order != sorted(order):
-            raise AssertionError(f"not in order of arrival: {order}")
+            if any(first.order > second.order for first, second in pairwise(queue)):
+                raise AssertionError(f"{status.value} sequences are not in order: {[s.order for s in queue]}")
+        if unknown := self._sent - {sequence.seq_id for sequence in self._running}:
+            raise AssertionError(f"the executor knows sequences that do not run: {unknown}")
 
     def _check_fits(self, sequence: Sequence) -> None:
-        prompt, longest = sequence.prompt_len, sequence.max_tokens
-        if prompt >= self._limits.max_context:
+        prompt, longest, context = sequence.prompt_len, sequence.max_tokens, self._limits.max_context
+        if prompt > context or prompt == context != longest:
             raise InvalidRequestError(
                 f"the prompt has {prompt} tokens and leaves no room to generate: the context is "
-                f"{self._limits.max_context} tokens; shorten it by at least {prompt - self._limits.max_context + 1}",
+                f"{context} tokens; shorten it by at least {prompt - context + 1}",
                 param="prompt",
             )
-        # The KV of the last token is never needed.
-        needed, available = self._pool.blocks_for(longest - 1), self._pool.num_blocks
+        # The KV of the last token is never needed, unless it is the prompt's.
+        needed, available = self._pool.blocks_for(max(prompt, longest - 1)), self._pool.num_blocks
         if needed > available:
             room = available * self._pool.block_size + 1 - prompt
             fix = f"lower max_tokens to at most {room}" if room > 0 else f"shorten the prompt by {1 - room} tokens"
@@ -223,16 +271,17 @@ class Scheduler:
                 param="max_tokens" if room > 0 else "prompt",
             )
 
-    def _plan_running(self) -> tuple[list[tuple[Sequence, int]], int, bool]:
+    def _plan_running(self) -> tuple[list[tuple[Sequence, int]], _Budget, bool]:
         """(sequence, tokens) of the running ones, budget left, whether any was preempted.
 
         One token of budget is set aside for every decode first, so that a long prompt delays nobody; the
-        blocks are taken in order of arrival, so that a victim is never one that is already planned.
+        blocks are taken in order, so that a victim is never one that is already planned.
         """
-        decodes = sum(1 for s in self._running if s.remaining == 1)
-        budget = self._limits.max_mixed_tokens if decodes else self._limits.max_num_batched_tokens
-        decodes = min(budget, decodes)
-        prefill = budget - decodes
+        decodes, limits = sum(1 for s in self._running if s.remaining == 1), self._limits
+        tokens = limits.max_mixed_tokens if decodes else limits.max_num_batched_tokens
+        decodes = min(tokens, decodes)
+        rows = max(2 * (limits.max_num_seqs - decodes), limits.max_num_seqs // 4, _LEAST_ROWS)
+        budget = _Budget(decodes, tokens - decodes, rows)
         planned: list[tuple[Sequence, int]] = []
         preempted = False
         index = 0
@@ -240,11 +289,10 @@ class Scheduler:
             sequence = self._running[index]
             index += 1
             if sequence.remaining == 1:
-                count = min(1, decodes)
-                decodes -= count
+                count = min(1, budget.decodes)
+                budget.decodes -= count
             else:
-                count = min(sequence.remaining, prefill)
-                prefill -= count
+                count = budget.take(sequence, sequence.remaining)
             if not count:
                 continue
             while not self._grow(sequence):
@@ -252,9 +300,10 @@ class Scheduler:
                 victim = self._running[-1]
                 self._preempt(victim)
                 if victim is sequence:
-                    return planned, 0, True
+                    return planned, budget, True
             planned.append((sequence, count))
-        return planned, decodes + prefill, preempted
+        budget.prefill += budget.decodes
+        return planned, budget, preempted
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a sequence the blocks of all its known tokens; False when there are not enough."""
@@ -269,31 +318,39 @@ class Scheduler:
         self._allocations += missing
         return True
 
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _admit(self, budget: _Budget) -> list[tuple[Sequence, int]]:
         """Start waiting sequences in order while budget, places and blocks last."""
         planned = []
-        while budget and self._waiting and len(self._running) < self._limits.max_num_seqs:
+        while budget.prefill and self._waiting and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting[0]
             # A block in reserve for each running sequence, or the newcomer would soon be preempted by their growth.
             needed = self._pool.blocks_for(len(sequence.tokens)) + len(self._running)
-            if (self._running and not self._pool.can_allocate(needed)) or not self._grow(sequence):
+            if self._running and not self._pool.can_allocate(needed):
                 break
-            self._waiting.popleft()
-            self._running.append(sequence)
+            count = budget.take(sequence, sequence.remaining)
+            if not count or not self._grow(sequence):
+                break
+            del self._waiting[0]
+            insort(self._running, sequence, key=_order)
             sequence.status = Status.RUNNING
-            count = min(sequence.remaining, budget)
-            budget -= count
             planned.append((sequence, count))
         return planned
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
+        self._forget(sequence)
         sequence.num_computed = 0
         sequence.status = Status.WAITING
         sequence.preemptions += 1
         self.num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_order)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Let the executor drop what it knows of a sequence."""
+        if sequence.seq_id in self._sent:
+            self._sent.remove(sequence.seq_id)
+            self._ended.append(sequence.seq_id)
 
     def _release(self, sequence: Sequence) -> None:
         """Give all blocks of a sequence back, exactly once."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from raytier.engine.sampling_params import SamplingParams
-from raytier.engine.step import SampleSpec
+from raytier.engine.step import Arrival, SequenceSpec
 
 
 class Status(StrEnum):
@@ -19,7 +18,8 @@ class FinishReason(StrEnum):
     STOP = "stop"  # a stop token or stop string
     LENGTH = "length"  # max_tokens or the context limit
     ABORT = "abort"  # cancelled by the caller or by the engine's close
-    ERROR = "error"  # the engine died
+    TIMEOUT = "timeout"  # it took longer than the request allows
+    ERROR = "error"  # the engine died, or no token could be drawn
 
 
 @dataclass(slots=True, eq=False)
@@ -35,27 +35,33 @@ class Sequence:
     Attributes:
         tokens: prompt and generated token ids.
         prompt_len: how many of them are the prompt.
-        max_tokens: length at which it finishes, prompt included.
-        num_computed: leading tokens whose KV is in the blocks.
+        max_tokens: length at which it finishes, prompt included; `prompt_len` where nothing is to be generated.
+        spec: how its tokens are drawn; together with the index of the output token its seed and sample name a draw,
+            so a sequence that is preempted and recomputed draws the same tokens.
         stop_ids: a generated token in this set finishes the sequence.
-        seed: of the draws; together with the index of the output token it names a draw, so a sequence that
-            is preempted and recomputed draws the same tokens.
-        sample: index among the samples of its request.
+        priority: lower ones go first, equal ones in order of arrival.
+        num_computed: leading tokens whose KV is in the blocks.
+        logprobs_known: leading tokens of the prompt whose logprobs are there or not needed (the first has none).
     """
 
     seq_id: int
     tokens: list[int]
     prompt_len: int
     max_tokens: int
-    params: SamplingParams
-    seed: int
+    spec: SequenceSpec
     stop_ids: frozenset[int] = frozenset()
-    sample: int = 0
+    priority: int = 0
     num_computed: int = 0
+    logprobs_known: int = 1
     block_table: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     preemptions: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: the smaller one."""
+        return self.priority, self.seq_id
 
     @property
     def num_output(self) -> int:
@@ -70,10 +76,17 @@ class Sequence:
     def finished(self) -> bool:
         return self.status is Status.FINISHED
 
-    def next_draw(self) -> SampleSpec:
-        """How to draw the token behind the known ones."""
-        p = self.params
-        return SampleSpec(p.temperature, p.top_p, p.top_k, self.seed, self.sample, self.num_output)
+    def arrival(self) -> Arrival:
+        """What the executor must know of it before its next chunk."""
+        tokens = tuple(self.tokens) if self.spec.needs_tokens else ()
+        return Arrival(self.seq_id, self.spec, self.prompt_len, tokens, self.logprobs_known)
+
+    def logit_rows(self, count: int) -> int:
+        """Tokens among the next `count` ones whose logits are needed for logprobs of the prompt."""
+        if self.spec.prompt_logprobs is None:
+            return 0
+        first = max(self.num_computed, self.logprobs_known - 1)
+        return max(0, min(self.num_computed + count, self.prompt_len - 1) - first)
 
     def check(self, block_size: int) -> None:
         """Assert the invariants between steps.

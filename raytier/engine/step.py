@@ -24,6 +24,68 @@ class SampleSpec:
     seed: int
     sample: int
     position: int
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """How to draw all tokens of a sequence; the fields are those of `SamplingParams`, texts being token ids here.
+
+    Attributes:
+        bad_words: sequences of ids whose last one is not drawn after the others.
+        stop_ids: what is not drawn before `min_tokens`, and what ends a grammar's text.
+        grammar: llguidance's, see `StructuredOutputs.compile`.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    sample: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
+
+    def draw(self, position: int) -> SampleSpec:
+        """How to draw the output token number `position`, from 0."""
+        return SampleSpec(self.temperature, self.top_p, self.top_k, self.seed, self.sample, position, self.min_p)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the logits depend on how often tokens occurred."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the executor has to know the tokens of the sequence, beside those that it computes."""
+        asks = self.counts_tokens or self.bad_words or self.grammar is not None
+        return bool(asks or self.prompt_logprobs is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A sequence that the executor does not know (any more): with its first chunk, and again after a preemption.
+
+    Attributes:
+        prompt_len: how many of its tokens are the prompt.
+        tokens: prompt and generated ids; empty unless `spec.needs_tokens`.
+        logprobs_known: leading tokens of the prompt whose logprobs are not wanted (again); the first has none.
+    """
+
+    seq_id: int
+    spec: SequenceSpec
+    prompt_len: int
+    tokens: tuple[int, ...] = ()
+    logprobs_known: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +97,35 @@ class SequenceChunk:
         token_ids: the tokens to run, at positions start .. start + len(token_ids) - 1.
         start: number of tokens whose KV is already in the blocks.
         block_table: physical block ids; covers at least start + len(token_ids) tokens.
-        sample: how to draw the token after the last one, None for an unfinished prefill.
+        draws: whether the token after the last one is to be drawn; not so in an unfinished prefill.
     """
 
     seq_id: int
     token_ids: tuple[int, ...]
     start: int
     block_table: tuple[int, ...]
-    sample: SampleSpec | None
+    draws: bool
+
+    @property
+    def stop(self) -> int:
+        """Tokens that have KV when the step has run."""
+        return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step. `step` counts up by one within an engine `epoch`."""
+    """One step. `step` counts up by one within an engine `epoch`.
+
+    What the executor must know of a sequence is sent once: `arrivals` are those of `chunks` that it does not know,
+    `ended` those that it may forget (finished or preempted; they may be in `arrivals` again).
+    """
 
     model_id: str
     epoch: int
     step: int
     chunks: tuple[SequenceChunk, ...]
+    arrivals: tuple[Arrival, ...] = ()
+    ended: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -72,6 +145,8 @@ class StepStats:
         reads, reads_ramdisk: read requests behind them.
         io_wait_s: time the compute thread waited for the ring.
         compute_s: step time without `io_wait_s`.
+        sample_s: of it, from the logits to the tokens.
+        mask_wait_s: of that, waiting for the masks of grammars, which are computed beside the layers.
     """
 
     num_tokens: int = 0
@@ -84,16 +159,44 @@ class StepStats:
     reads_ramdisk: int = 0
     io_wait_s: float = 0.0
     compute_s: float = 0.0
+    sample_s: float = 0.0
+    mask_wait_s: float = 0.0
     wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model itself thought of a token: natural logarithms, before temperature and all else.
+
+    Attributes:
+        rank: 1 + how many tokens were more probable.
+        top: (token id, logprob) of the likeliest ones, as many as the request asks for, lower ids first among equals.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
 class StepResult:
-    """`tokens[seq_id]` is the token drawn for each chunk that asked for one."""
+    """What a step brought, by `seq_id`.
+
+    Attributes:
+        tokens: the token drawn for each chunk that asked for one.
+        logprobs: of that token, where the sequence asks for them.
+        prompt_logprobs: of the prompt's tokens from the first one on that was not known, as far as this step computed
+            them.
+        failed: sequences whose token could not be drawn, and why; they have none in `tokens`.
+    """
 
     step: int
     tokens: dict[int, int] = field(default_factory=dict)
     stats: StepStats = field(default_factory=StepStats)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
 
 
 class StepExecutor(Protocol):

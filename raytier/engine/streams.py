@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from raytier.engine.outputs import OutputDelta, merge
 
 
 class StreamReader:
-    """One request's deltas on the event loop's side; what came while the reader was busy is merged."""
+    """One request's deltas on the event loop's side; what came while the reader was busy is merged, per sample."""
 
     def __init__(self) -> None:
-        self._ready: list[OutputDelta] = []
+        self._ready: dict[int, list[OutputDelta]] = {}
         self._arrived = asyncio.Event()
 
     def put(self, delta: OutputDelta) -> None:
-        self._ready.append(delta)
+        self._ready.setdefault(delta.index, []).append(delta)
         self._arrived.set()
 
-    async def get(self) -> OutputDelta:
-        """Wait for a delta; all that are there by then, as one."""
+    async def get(self) -> list[OutputDelta]:
+        """Wait for a delta; all that are there by then, as one per sample, the `done` one last."""
         await self._arrived.wait()
         self._arrived.clear()
-        deltas, self._ready = self._ready, []
-        return merge(deltas)
+        ready, self._ready = self._ready, {}
+        return sorted((merge(deltas) for deltas in ready.values()), key=lambda delta: delta.done)
 
 
 class LoopMailbox:
     """Collects the deltas of a step for all readers of one event loop and wakes the loop once.
 
-    `post` and `flush` are called by the engine's thread only. `readers` counts the streams that use the
-    mailbox, under the engine's lock.
+    `post` and `flush` are called by the engine's thread only. `readers` counts the streams that use it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -50,6 +52,44 @@ class LoopMailbox:
         except RuntimeError:
             return {delta.request_id for _, delta in posted}
         return set()
+
+
+class Mailboxes:
+    """One mailbox per event loop that reads from an engine; any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._boxes: dict[asyncio.AbstractEventLoop, LoopMailbox] = {}
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    @contextmanager
+    def reading(self) -> Iterator[LoopMailbox]:
+        """The mailbox of the running event loop, for as long as one stream uses it."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            mailbox = self._boxes.setdefault(loop, LoopMailbox(loop))
+            mailbox.readers += 1
+        try:
+            yield mailbox
+        finally:
+            with self._lock:
+                mailbox.readers -= 1
+                if not mailbox.readers:
+                    self._boxes.pop(loop, None)
+
+    def flush(self) -> set[str]:
+        """Wake every loop that got something. Returns the requests whose loops are closed."""
+        with self._lock:
+            boxes = list(self._boxes.items())
+        orphans: set[str] = set()
+        for loop, mailbox in boxes:
+            if lost := mailbox.flush():
+                orphans |= lost
+                with self._lock:
+                    self._boxes.pop(loop, None)
+        return orphans
 
 
 def _dispatch(posted: list[tuple[StreamReader, OutputDelta]]) -> None:

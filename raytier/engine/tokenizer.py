@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -15,12 +17,22 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from llguidance import LLTokenizer
 
 from raytier.checkpoint.manifest import TokenizerSpec
+from raytier.engine.byte_level import bytes_of
+from raytier.engine.structured import StructuredOutputs, guide_tokenizer
 from raytier.errors import InvalidRequestError
 
 #: Names under which a message's reasoning is passed; the first is the one templates read.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+#: Marks the end of a message that is to be continued; transformers' mark, which also shows whether it was trimmed.
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+#: How vocabularies with a fallback to bytes spell one.
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_GRAMMARS = 64  # remembered
 
 
 class Tokenizer:
@@ -32,6 +44,9 @@ class Tokenizer:
         # Both may be left over in a model's tokenizer.json and would change the prompt.
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._guide: LLTokenizer | None = None
+        self._grammars: dict[StructuredOutputs, str] = {}
+        self._guiding = threading.Lock()
 
     @property
     def vocab_size(self) -> int:
@@ -67,10 +82,41 @@ class Tokenizer:
         """The vocabulary's own spelling of a token, None for ids it does not have (padding of the model)."""
         return self._backend.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8, as far as one can say without its neighbours; nothing for an id that
+        the vocabulary does not have. Bytes of a character may be spread over several tokens."""
+        token = self.token(token_id)
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            return bytes_of(token)
+        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def grammar(self, structured: StructuredOutputs, vocab_size: int) -> str:
+        """llguidance's grammar of what an output must match. A new one may take a second, the last ones nothing.
+
+        Raises:
+            InvalidRequestError: it cannot be matched; the message says what is wrong, and where.
+        """
+        with self._guiding:
+            if self._guide is None:
+                self._guide = guide_tokenizer(self.spec, vocab_size)
+            if structured not in self._grammars:
+                grammar = structured.compile(self._guide)
+                while len(self._grammars) >= _GRAMMARS:
+                    del self._grammars[next(iter(self._grammars))]
+                self._grammars[structured] = grammar
+            return self._grammars[structured]
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
         """Render the model's chat template, as transformers' `apply_chat_template(tokenize=False)` does.
@@ -78,7 +124,9 @@ class Tokenizer:
         Args:
             messages: OpenAI messages; a list of content parts becomes their text, one part per line.
             add_generation_prompt: end with the header of an assistant's turn.
-            kwargs: further variables of the template, such as `tools`, `documents`, `enable_thinking`.
+            continue_final_message: end within the content of the last message, so that it is continued.
+            tools: that the model may call, as OpenAI has them.
+            kwargs: further variables of the template, such as `documents`, `enable_thinking`.
 
         Raises:
             InvalidRequestError: the model has no template, or it refuses the messages (in its own words).
@@ -87,16 +135,22 @@ class Tokenizer:
             raise InvalidRequestError(
                 "this model has no chat template: use /v1/completions with a plain prompt instead", param="messages"
             )
+        plain = _messages(messages)
+        final = plain[-1].get("content", "")
+        if continue_final_message:
+            if not final:
+                raise InvalidRequestError("the last message has no content to continue", param="messages")
+            plain[-1]["content"] = final + _CONTINUED
         variables = {
             **self.spec.special_tokens,
-            "tools": None,
             "documents": None,
             **_plain(kwargs, "chat_template_kwargs"),
-            "messages": _messages(messages),
+            "tools": _plain(tools, "tools"),
+            "messages": plain,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(variables)
+            text = self._template.render(variables)
         except TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error.message}", param="messages"
@@ -105,10 +159,22 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the model's chat template fails on these messages: {type(error).__name__}: {error}", param="messages"
             ) from error
+        return _up_to_the_mark(text) if continue_final_message else text
 
     @cached_property
     def _template(self) -> Template:
         return _environment().from_string(self.spec.chat_template or "")
+
+
+def _up_to_the_mark(text: str) -> str:
+    """`text` before the mark in it; where the template has trimmed the message, white space goes as well."""
+    place = text.rfind(_CONTINUED.strip())
+    if place < 0:
+        raise InvalidRequestError(
+            "the model's chat template leaves the last message out, so it cannot be continued", param="messages"
+        )
+    before = text[:place]
+    return before if text.startswith(_CONTINUED, place) else before.rstrip()
 
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from raytier.checkpoint.architecture import build_meta, decoder_layers, load_config
-from raytier.checkpoint.manifest import ModelManifest
+from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
 from raytier.engine.step import StepBatch, StepResult, StepStats
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.binding import TORCH_DTYPES
@@ -16,7 +16,7 @@ from raytier.execution.gate import SweepGate
 from raytier.execution.kv_store import KVStore
 from raytier.execution.parameters import ParameterStatus
 from raytier.execution.reader import ReadCount
-from raytier.execution.sampler import sample
+from raytier.execution.sampler import Sampler
 from raytier.execution.sources import Sources
 from raytier.execution.threads import compute_with, num_threads
 from raytier.execution.weights import Weights
@@ -32,7 +32,14 @@ class ModelRunner:
     Steps compute with as many CPU threads as the thread that made the runner.
     """
 
-    def __init__(self, manifest: ModelManifest, share: DevicePlan, device: torch.device, sources: Sources) -> None:
+    def __init__(
+        self,
+        manifest: ModelManifest,
+        share: DevicePlan,
+        device: torch.device,
+        sources: Sources,
+        tokenizer: TokenizerSpec | None,
+    ) -> None:
         self._device = device
         self._threads = torch.get_num_threads()
         self._sources = sources
@@ -49,6 +56,7 @@ class ModelRunner:
             TORCH_DTYPES[manifest.compute_dtype],
             device,
         )
+        self.sampler = Sampler(manifest.vocab_size, tokenizer)
         self._seen = self._read_counts()
         self._steps = 0
         self._last_step = 0.0
@@ -64,6 +72,7 @@ class ModelRunner:
         copies: Mapping[str, TierCopy] | None = None,
         io_threads: int,
         io_bytes: int,
+        tokenizer: TokenizerSpec | None = None,
     ) -> ModelRunner:
         """Build the model and begin to read what the plan keeps in memory and to stream the rest.
 
@@ -74,6 +83,7 @@ class ModelRunner:
             host_views: writable bytes in the node's arena of each host-tier parameter.
             copies: where the parameters lie that the plan has on the ramdisk or in directories of the disk tier.
             io_threads, io_bytes: reads in flight and largest read, in bytes.
+            tokenizer: of the model; without it no sequence can have a grammar.
 
         Raises:
             CheckpointError, TierError, UnsupportedModelError: as the message says; nothing is left behind.
@@ -84,7 +94,7 @@ class ModelRunner:
                 on_tier = {name: copy for name, copy in (copies or {}).items() if plan.tier_of[name] is tier}
                 sources.adopt(sources.relocated(on_tier, tier))
             target = torch.device(device)
-            runner = cls(manifest, plan.devices[0], target, sources)
+            runner = cls(manifest, plan.devices[0], target, sources, tokenizer)
             runner._weights = Weights(
                 runner._model,
                 decoder_layers(runner._model),
@@ -126,7 +136,7 @@ class ModelRunner:
             streamed, waited = (weights.bytes_streamed, weights.bytes_streamed_ramdisk), weights.io_wait_s
             try:
                 with torch.inference_mode():
-                    tokens = self._forward(batch)
+                    result = self._forward(batch)
             except BaseException:
                 weights.abandon_sweep()
                 raise
@@ -136,7 +146,7 @@ class ModelRunner:
         waited = weights.io_wait_s - waited
         (everything, ramdisk), before = self._read_counts(), self._seen
         self._seen = (everything, ramdisk)
-        stats = StepStats(
+        result.stats = StepStats(
             num_tokens=batch.num_tokens,
             num_sequences=len(batch.chunks),
             bytes_streamed=weights.bytes_streamed - streamed[0],
@@ -147,9 +157,11 @@ class ModelRunner:
             reads_ramdisk=ramdisk.reads - before[1].reads,
             io_wait_s=waited,
             compute_s=wall - waited,
+            sample_s=result.stats.sample_s,
+            mask_wait_s=result.stats.mask_wait_s,
             wall_s=wall,
         )
-        return StepResult(batch.step, tokens, stats)
+        return result
 
     def move(
         self,
@@ -183,28 +195,23 @@ class ModelRunner:
         pool = self._sources.pool
         return pool.count(), pool.count(Tier.RAMDISK)
 
-    def _forward(self, batch: StepBatch) -> dict[int, int]:
+    def _forward(self, batch: StepBatch) -> StepResult:
         device = self._device
+        self.sampler.begin(batch)
         ids: list[int] = []
         positions: list[int] = []
-        last: list[int] = []
-        sampled = []
         for chunk in batch.chunks:
             ids.extend(chunk.token_ids)
-            positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
-            if chunk.sample is not None:
-                last.append(len(ids) - 1)
-                sampled.append((chunk.seq_id, chunk.sample))
+            positions.extend(range(chunk.start, chunk.stop))
         context = ForwardContext.build(self.kv, batch.chunks, device)
         with forward_context(context):
             output = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(last, dtype=torch.int64, device=device),
+                logits_to_keep=torch.tensor(self.sampler.rows(batch), dtype=torch.int64, device=device),
             )
-        drawn = sample(output.logits[0], [spec for _, spec in sampled])
-        return {seq_id: token for (seq_id, _), token in zip(sampled, drawn, strict=True)}
+        return self.sampler.finish(batch, output.logits[0])
 
     @property
     def bytes_read(self) -> int:
@@ -227,5 +234,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Stop the readers, close the files and let go of all memory."""
+        self.sampler.close()
         self._weights.close()
         self._sources.close()

@@ -23,8 +23,8 @@ from raytier.checkpoint.manifest import KVLayerSpec
 from raytier.engine.step import SampleSpec, SequenceChunk
 from raytier.execution import fusion, linears
 from raytier.execution.attention import ForwardContext, forward_context
+from raytier.execution.drawing import draw
 from raytier.execution.kv_store import KVStore
-from raytier.execution.sampler import sample
 from raytier.execution.threads import num_threads
 from raytier.execution.timing import typical_seconds, wait
 from raytier.hardware.rates import Rates
@@ -114,7 +114,7 @@ class _Decoder:
     def _chunk(self, number: int, tokens: int, start: int) -> SequenceChunk:
         blocks = (start + tokens) // _BLOCK
         table = tuple(range(1 + number * blocks, 1 + (number + 1) * blocks))
-        return SequenceChunk(number, (1,) * tokens, start, table, _GREEDY)
+        return SequenceChunk(number, (1,) * tokens, start, table, True)
 
     def _run(self, layers: int, chunks: Sequence[SequenceChunk]) -> Callable[[], None]:
         device = torch.device(self._device)
@@ -131,7 +131,7 @@ class _Decoder:
                     use_cache=False,
                     logits_to_keep=torch.tensor(last, device=device),
                 )
-            sample(output.logits[0], [_GREEDY] * len(chunks))
+            draw(output.logits[0], [_GREEDY] * len(chunks))
             wait(self._device)
 
         return run
@@ -162,7 +162,7 @@ def measure_steps(
         few_batch, many_batch = (measured(tiny, n, _BATCH) for n in (_FEW, _MANY))
         near, far = (measured(tiny, _MANY, _SEQUENCES, context) for context in (_SHORT, _LONG))
         logits = torch.zeros(_BATCH, _VOCAB, dtype=getattr(torch, dtype), device=device)
-        sampling = typical_seconds(lambda: sample(logits, [_GREEDY] * _BATCH), seconds / 20)
+        sampling = typical_seconds(lambda: draw(logits, [_GREEDY] * _BATCH), seconds / 20)
 
         # On a disturbed machine a difference may come out below nothing.
         layer = max(1e-6, (many - few) / (_MANY - _FEW))

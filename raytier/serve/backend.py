@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
-from raytier.engine.engine import Engine
+from prometheus_client.core import Metric
+
 from raytier.serve.runtime import Runtime
+from raytier.serve.served import ServedModel
 
 
 class Backend(Protocol):
@@ -25,13 +28,17 @@ class Backend(Protocol):
         """What /api offers."""
         ...
 
-    async def engine(self, model_id: str | None) -> Engine:
-        """The engine of a model, waiting for it while it is being loaded; None is the only or the startup model.
+    async def model(self, model_id: str | None) -> ServedModel:
+        """A model with its engine, waiting for it while it is being loaded; None is the only or the startup model.
 
         Raises:
             ModelNotFoundError: no such model; the message names the known ones.
             RaytierError: the model is known and cannot answer now.
         """
+        ...
+
+    def metrics(self) -> Iterable[Metric]:
+        """What /metrics shows."""
         ...
 
     def health(self) -> str | None:

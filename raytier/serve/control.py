@@ -51,6 +51,7 @@ class ModelControl:
         max_waiting: requests that may wait for a load.
 
     Attributes:
+        entry: the model.
         error: what the last load or unload failed with.
         began: when the last load began (`time.monotonic`).
     """
@@ -59,7 +60,7 @@ class ModelControl:
         self, node: Node, entry: ModelEntry, describe: Callable[[], ModelDescription], max_waiting: int
     ) -> None:
         self._node = node
-        self._entry = entry
+        self.entry = entry
         self._describe = describe
         self._max_waiting = max_waiting
         self._waiting = 0
@@ -86,7 +87,7 @@ class ModelControl:
         Raises:
             ModelNotFoundError: names the known ones.
         """
-        entry = self._entry
+        entry = self.entry
         if name in (None, entry.model_id, entry.source_path) or name == entry.directory():
             return entry.model_id
         raise ModelNotFoundError(f"model {name!r} is not served here; served are: {entry.model_id}")

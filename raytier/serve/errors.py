@@ -13,7 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from raytier.errors import ConfigurationError, InvalidRequestError, ModelNotFoundError, QueueFullError, RaytierError
+from raytier.errors import (
+    AccessError,
+    ConfigurationError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    QueueFullError,
+    RaytierError,
+)
 from raytier.serve.fields import shown
 from raytier.serve.schema import ErrorBody, ErrorResponse
 
@@ -50,6 +57,8 @@ def error_object(error: BaseException, request_id: str) -> tuple[int, ErrorRespo
         if isinstance(error, ModelNotFoundError):
             param, code = "model", "model_not_found"
         return error.http_status, _response(error.message, error.openai_type, param, code)
+    if isinstance(error, HTTPException) and error.status_code < 500:
+        return error.status_code, _refused(error.status_code, str(error.detail))
     logger.error("request %s failed unexpectedly", request_id, exc_info=error)
     message = f"Internal error. The server's log says more under request id {request_id}."
     return 500, _response(message, RaytierError.openai_type, None, None)
@@ -61,6 +70,8 @@ def error_response(error: BaseException, request_id: str) -> Response:
     headers = {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, AccessError) and error.missing:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONBytes(body.json_bytes(), status_code=status, headers=headers)
 
 
@@ -113,9 +124,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = f"{where} is not allowed; use {allowed}."
     elif error.status_code == 400:
         message = f"The body of {where} could not be read as JSON: {message}"
-    kind = ConfigurationError.openai_type if error.status_code < 500 else RaytierError.openai_type
-    body = _response(message, kind, None, _CODES.get(error.status_code))
+    body = _refused(error.status_code, message)
     return JSONBytes(body.json_bytes(), status_code=error.status_code, headers=error.headers)
+
+
+def _refused(status: int, message: str) -> ErrorResponse:
+    kind = ConfigurationError.openai_type if status < 500 else RaytierError.openai_type
+    return _response(message, kind, None, _CODES.get(status))
 
 
 def _response(message: str, kind: str, param: str | None, code: str | None) -> ErrorResponse:

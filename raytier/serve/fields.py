@@ -22,35 +22,15 @@ IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "parallel_tool_calls",
     }
 )
 
 #: Field of a request -> its neutral values besides null.
 UNSUPPORTED_REQUEST: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "n": (1,),
         "best_of": (1,),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "prompt_logprobs": (),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "repetition_penalty": (1,),
-        "min_p": (0,),
-        "min_tokens": (0,),
-        "logit_bias": ({},),
-        "bad_words": ([],),
-        "allowed_token_ids": (),
-        "echo": (False,),
-        "suffix": ("",),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "reasoning_effort": ("none",),
         "verbosity": ("medium",),
         "modalities": (["text"],),
         "audio": (),
@@ -69,8 +49,6 @@ UNSUPPORTED_MESSAGE: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "annotations": ([],),
         "audio": (),
         "function_call": (),
-        "tool_calls": ([],),
-        "tool_call_id": (),
     }
 )
 

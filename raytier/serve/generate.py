@@ -1,4 +1,4 @@
-"""From a request to an engine and back, the same for HTTP and for deployment handles.
+"""From prompts to an engine and back, the same for HTTP and for deployment handles.
 
 A `Prompt` is what an engine takes; a `Generation` is one or more of them under way.
 """
@@ -6,192 +6,128 @@ A `Prompt` is what an engine takes; a `Generation` is one or more of them under 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
-from raytier.engine.engine import Engine
 from raytier.engine.outputs import OutputDelta, merge
 from raytier.engine.sampling_params import SamplingParams
-from raytier.errors import EngineDeadError, InvalidRequestError
+from raytier.engine.step import TokenLogprobs
+from raytier.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
+from raytier.serve.parsers.answer import AnswerParser
+from raytier.serve.parsers.parts import Content, Part
+from raytier.serve.served import ServedModel
 
 FinishReason = Literal["stop", "length"]
 
-#: What a request may say about sampling, in any way of calling.
-SAMPLING_FIELDS = tuple(each.name for each in fields(SamplingParams))
 
-# Variables of the template that are fields of the request themselves.
-_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
-
-
-@dataclass(frozen=True, slots=True)
-class ChatInput:
-    """A conversation to continue.
-
-    Attributes:
-        messages: `{"role": ..., "content": text}`, in order; `developer` is taken as `system`.
-        sampling: fields of `SamplingParams`; absent ones take the model's defaults.
-        add_generation_prompt: end the prompt with the header of an assistant's turn.
-        template_kwargs: further variables of the model's chat template.
-    """
-
-    messages: Sequence[Mapping[str, str]]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    add_generation_prompt: bool = True
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class TextInput:
-    """A raw prompt to continue: a text, or token ids. `sampling` as in `ChatInput`."""
-
-    prompt: str | Sequence[int]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+def _plain() -> None:
+    """No parser: the answer is text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids and sampling parameters, ready for an engine."""
+    """Token ids and sampling parameters, ready for an engine.
+
+    Attributes:
+        new_parser: makes the parser of one answer.
+        echo: text that an answer begins with; None for nothing.
+    """
 
     token_ids: tuple[int, ...]
     params: SamplingParams
+    new_parser: Callable[[], AnswerParser | None] = _plain
+    echo: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class GenerateResult:
-    """A finished generation. `seconds` is wall clock from submission to the last token."""
+class Output:
+    """A finished sample.
+
+    Attributes:
+        text: as the model wrote it.
+        token_ids: the one that ended the sample included.
+        stop_reason: the stop string or token id of the request that ended it.
+        logprobs: of each token, where they were asked for.
+        prompt_logprobs: of each token of the prompt (None for the first), where they were asked for; of the first
+            sample of a prompt.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
-async def prepare(engine: Engine, requests: Sequence[ChatInput | TextInput]) -> list[Prompt]:
-    """Apply template and tokenizer, off the event loop: a long prompt takes tens of milliseconds.
+@dataclass(slots=True)
+class Tally:
+    """Tokens of a request so far: a prompt counts once, however many samples it has."""
 
-    Raises:
-        InvalidRequestError: a sampling value is wrong, the template refuses the messages, or there are more
-            prompts than the queue ever holds.
-    """
-    most = engine.config.scheduler.max_queue
-    if len(requests) > most:
-        raise InvalidRequestError(
-            f"{len(requests)} prompts in one request; at most {most} (scheduler.max_queue): split it", param="prompt"
-        )
-    return await asyncio.to_thread(lambda: [_prepare(engine, request) for request in requests])
+    prompts: dict[int, tuple[int, int]] = field(default_factory=dict)
+    choices: dict[int, int] = field(default_factory=dict)
 
+    def add(self, prompt: int, choice: int, delta: OutputDelta) -> None:
+        self.prompts[prompt] = (delta.prompt_tokens, delta.cached_tokens)
+        self.choices[choice] = delta.completion_tokens
 
-def _prepare(engine: Engine, request: ChatInput | TextInput) -> Prompt:
-    unknown = [name for name in request.sampling if name not in SAMPLING_FIELDS]
-    if unknown:
-        raise InvalidRequestError(
-            f"unknown sampling field {unknown[0]!r}; known: {', '.join(SAMPLING_FIELDS)}", param=unknown[0]
-        )
-    params = SamplingParams.from_request(engine.defaults, **request.sampling)
-    if isinstance(request, ChatInput):
-        # The rendered template holds its special tokens already.
-        return Prompt(tuple(engine.tokenizer.encode(_render(engine, request), add_special_tokens=False)), params)
-    if isinstance(request.prompt, str):
-        return Prompt(tuple(engine.tokenizer.encode(_encodable(request.prompt, "prompt"))), params)
-    return Prompt(tuple(request.prompt), params)
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(tokens for tokens, _ in self.prompts.values())
 
+    @property
+    def cached_tokens(self) -> int:
+        return sum(cached for _, cached in self.prompts.values())
 
-def _render(engine: Engine, chat: ChatInput) -> str:
-    taken = _TEMPLATE_ARGUMENTS & chat.template_kwargs.keys()
-    if taken:
-        raise InvalidRequestError(
-            f"chat_template_kwargs cannot set {', '.join(sorted(taken))}; use the field of the request",
-            param="chat_template_kwargs",
-        )
-    messages = [{**m, "role": "system"} if m.get("role") == "developer" else m for m in chat.messages]
-    text = engine.tokenizer.apply_chat_template(messages, chat.add_generation_prompt, **chat.template_kwargs)
-    return _encodable(text, "messages")
-
-
-def _encodable(text: str, param: str) -> str:
-    """`text`, refused where it holds half of a surrogate pair, which tokenizers cannot take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"{param} holds a lone surrogate (U+{ord(text[error.start]):04X}), which is no character", param=param
-        ) from None
-    return text
-
-
-async def generate(engine: Engine, prompt: str | Sequence[int], **sampling: Any) -> GenerateResult:
-    """Continue a raw prompt to its end.
-
-    Raises:
-        InvalidRequestError, QueueFullError, EngineDeadError: as over HTTP.
-    """
-    return await _whole(engine, TextInput(prompt, sampling))
-
-
-def generate_stream(engine: Engine, prompt: str | Sequence[int], **sampling: Any) -> AsyncGenerator[OutputDelta, None]:
-    """The same, delta by delta. Closing the generator aborts."""
-    return _stream(engine, TextInput(prompt, sampling))
-
-
-async def chat(engine: Engine, messages: Sequence[Mapping[str, str]], **sampling: Any) -> GenerateResult:
-    """Answer a conversation; raises as `generate`."""
-    return await _whole(engine, ChatInput(messages, sampling))
-
-
-def chat_stream(
-    engine: Engine, messages: Sequence[Mapping[str, str]], **sampling: Any
-) -> AsyncGenerator[OutputDelta, None]:
-    """The same, delta by delta. Closing the generator aborts."""
-    return _stream(engine, ChatInput(messages, sampling))
-
-
-async def _whole(engine: Engine, request: ChatInput | TextInput) -> GenerateResult:
-    generation = await Generation.start(engine, await prepare(engine, [request]))
-    try:
-        return (await generation.results())[0]
-    finally:
-        await generation.aclose()
-
-
-async def _stream(engine: Engine, request: ChatInput | TextInput) -> AsyncGenerator[OutputDelta, None]:
-    generation = await Generation.start(engine, await prepare(engine, [request]))
-    try:
-        async for _, delta in generation:
-            yield delta
-    finally:
-        await generation.aclose()
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.choices.values())
 
 
 class Generation:
-    """Prompts under way in an engine; iterate once for `(index of the prompt, delta)` as they come.
+    """Prompts under way in an engine; iterate once for `(number of the choice, delta)` as they come.
+
+    The choices of a prompt (its `n` samples) follow each other, and prompts keep their order.
 
     Invariant: after `aclose` the engine holds nothing of them. Whoever starts one closes it.
+
+    Attributes:
+        prompts: what was submitted.
+        tally: tokens of what has been iterated over.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, model: ServedModel, prompts: Sequence[Prompt], priority: int) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.tally = Tally()
         # A generator by contract: closing it aborts.
         self._streams = [
-            cast("AsyncGenerator[OutputDelta, None]", engine.stream(prompt.token_ids, prompt.params))
+            cast(
+                "AsyncGenerator[OutputDelta, None]",
+                model.engine.stream(prompt.token_ids, prompt.params, priority=priority, timeout_s=model.timeout_s),
+            )
             for prompt in prompts
         ]
+        self._first_choice = [0]
+        for prompt in prompts:
+            self._first_choice.append(self._first_choice[-1] + prompt.params.n)
         self._first = [asyncio.ensure_future(anext(stream)) for stream in self._streams]
         self._pumps: list[asyncio.Task[None]] = []
-        self._started = time.monotonic()
 
     @classmethod
-    async def start(cls, engine: Engine, prompts: Sequence[Prompt]) -> Generation:
+    async def start(cls, model: ServedModel, prompts: Sequence[Prompt], *, priority: int = 0) -> Generation:
         """Submit all of `prompts`, or none. Returns when they are admitted, before their first tokens.
+
+        Args:
+            priority: lower ones go first, where `scheduler.policy` is priority.
 
         Raises:
             InvalidRequestError: a prompt can never be served.
             QueueFullError: there is no room for all of them.
             EngineDeadError: the engine is gone.
         """
-        generation = cls(engine, prompts)
+        generation = cls(model, prompts, priority)
         try:
             # A stream submits at its first `anext`, before it waits for anything: after one turn of the
             # loop each of them is admitted, or refused with its exception here.
@@ -203,6 +139,14 @@ class Generation:
             await generation.aclose()
             raise
         return generation
+
+    @property
+    def num_choices(self) -> int:
+        return self._first_choice[-1]
+
+    def prompt_of(self, choice: int) -> Prompt:
+        """The prompt that a choice belongs to."""
+        return next(p for p, end in zip(self.prompts, self._first_choice[1:], strict=True) if choice < end)
 
     async def aclose(self) -> None:
         """Abort what has not finished, even when this call is cancelled too. May be called again."""
@@ -219,7 +163,7 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[tuple[int, OutputDelta]]:
         if len(self._streams) == 1:
             async for delta in self._deltas(0):
-                yield 0, delta
+                yield self._seen(0, delta), delta
             return
         # Bounded: while the reader is slow, the engine goes on merging deltas.
         queue: asyncio.Queue[tuple[int, OutputDelta] | Exception | None] = asyncio.Queue(len(self._streams))
@@ -232,30 +176,33 @@ class Generation:
             if item is None:
                 running -= 1
             else:
-                yield item
+                index, delta = item
+                yield self._seen(index, delta), delta
 
-    async def results(self) -> list[GenerateResult]:
-        """Wait for the end; one result per prompt, in order.
+    def _seen(self, prompt: int, delta: OutputDelta) -> int:
+        choice = self._first_choice[prompt] + delta.index
+        self.tally.add(prompt, choice, delta)
+        return choice
+
+    async def outputs(self) -> list[Output]:
+        """Wait for the end; one output per choice, in order.
 
         Raises:
             EngineDeadError: the engine died or was closed on the way.
         """
-        deltas: list[list[OutputDelta]] = [[] for _ in self._streams]
-        seconds = [0.0 for _ in self._streams]
-        async for index, delta in self:
-            deltas[index].append(delta)
-            seconds[index] = time.monotonic() - self._started
-        merged = [merge(each) for each in deltas]
+        deltas: list[list[OutputDelta]] = [[] for _ in range(self.num_choices)]
+        async for choice, delta in self:
+            deltas[choice].append(delta)
         return [
-            GenerateResult(
+            Output(
                 text=delta.text,
                 token_ids=delta.token_ids,
                 finish_reason=finish_reason(delta),
-                prompt_tokens=delta.prompt_tokens,
-                completion_tokens=delta.completion_tokens,
-                seconds=took,
+                stop_reason=delta.stop_reason,
+                logprobs=delta.logprobs,
+                prompt_logprobs=delta.prompt_logprobs,
             )
-            for delta, took in zip(merged, seconds, strict=True)
+            for delta in map(merge, deltas)
         ]
 
     async def _deltas(self, index: int) -> AsyncIterator[OutputDelta]:
@@ -273,14 +220,41 @@ class Generation:
             await queue.put(None)
 
 
+def parts_of(parser: AnswerParser | None, delta: OutputDelta) -> tuple[Part, ...]:
+    """What a delta adds to an answer."""
+    if parser is None:
+        return (Content(delta.text),) if delta.text else ()
+    last = delta.finish_reason is not None
+    return tuple(parser.push(delta.text) + (parser.finish() if last else []))
+
+
+def check_number(model: ServedModel, prompts: int) -> None:
+    """Refuse a batch of more prompts than the queue ever holds.
+
+    Raises:
+        InvalidRequestError: split it.
+    """
+    most = model.engine.config.scheduler.max_queue
+    if prompts > most:
+        raise InvalidRequestError(
+            f"{prompts} prompts in one request; at most {most} (scheduler.max_queue): split it", param="prompt"
+        )
+
+
 def finish_reason(delta: OutputDelta) -> FinishReason:
     """How a finished delta ended, in OpenAI's words.
 
     Raises:
         EngineDeadError: the engine ended it, so what there is of the text is not an answer.
+        RequestTimeoutError: it took longer than `api.request_timeout_s`.
     """
     if delta.finish_reason == "stop":
         return "stop"
     if delta.finish_reason == "length":
         return "length"
+    if delta.finish_reason == "timeout":
+        raise RequestTimeoutError(
+            f"the request has not ended in time (api.request_timeout_s), {delta.completion_tokens} tokens were "
+            "generated: ask for fewer (max_tokens), or raise the limit"
+        )
     raise EngineDeadError("the engine was closed before the request had ended; send it again")

@@ -1,25 +1,28 @@
-"""The HTTP front: OpenAI's and the runtime's own routes, health, version; one shape for errors, an id on every request.
+"""The HTTP front: all routes, and what every request passes before them: an id, a limit, keys, forwarding."""
 
-No `from __future__ import annotations` here: FastAPI reads the annotations at run time.
-"""
+from __future__ import annotations
 
 import re
 import uuid
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raytier.config import MIB, ApiSection
+from raytier.serve.auth import KeyGuard, Keys
 from raytier.serve.backend import Backend
 from raytier.serve.errors import REQUEST_ID, error_response, install_handlers
 from raytier.serve.openai_routes import make_router
 from raytier.serve.runtime_routes import make_runtime_router
+from raytier.serve.server_routes import make_server_router
 
-#: Largest request body in bytes; a prompt of a million tokens as JSON integers is about 7 MB.
-MAX_BODY_BYTES = 32 * 2**20
+MAX_BODY_BYTES = int(ApiSection().max_body_mb * MIB)
+
+if TYPE_CHECKING:
+    from raytier.serve.upstream import Upstream
 
 # What goes into logs and back into a header unchanged.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -37,8 +40,9 @@ class RequestScope:
             read as one value "id, id".
     """
 
-    def __init__(self, app: ASGIApp, echo: bool) -> None:
+    def __init__(self, app: ASGIApp, echo: bool, max_body_bytes: int) -> None:
         self._app = app
+        self._max_body_bytes = max_body_bytes
         self._echo = echo
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,8 +59,12 @@ class RequestScope:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes; send less per request.")
+            if received > self._max_body_bytes:
+                # An HTTPException: FastAPI takes every other one for JSON that it cannot read.
+                raise HTTPException(
+                    413,
+                    f"The body is larger than {self._max_body_bytes} bytes (api.max_body_mb); send less per request.",
+                )
             return message
 
         async def send_with_id(message: Message) -> None:
@@ -76,11 +84,21 @@ class RequestScope:
             await response(scope, receive, send_with_id)
 
 
-def build_api(backend: Backend, *, echo_request_id: bool = True) -> FastAPI:
+def build_api(
+    backend: Backend,
+    *,
+    keys: Keys | None = None,
+    upstream: Upstream | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    echo_request_id: bool = True,
+) -> FastAPI:
     """The ASGI application over `backend`.
 
     Args:
         backend: holds the engines.
+        keys: who may call; None: anybody.
+        upstream: gets requests for models that `backend` does not hold.
+        max_body_bytes: largest request body.
         echo_request_id: answer with `X-Request-Id`; False behind Ray Serve, whose proxy does it.
     """
     app = FastAPI(
@@ -91,21 +109,17 @@ def build_api(backend: Backend, *, echo_request_id: bool = True) -> FastAPI:
         redoc_url="/api/redoc",
         openapi_url="/api/openapi.json",
     )
-    app.add_middleware(RequestScope, echo=echo_request_id)
+    # The last one added is the first that sees a request.
+    if upstream is not None:
+        from raytier.serve.upstream import Forwarding  # with httpx, 4 MiB: for those who forward
+
+        app.add_middleware(Forwarding, upstream=upstream, held=backend.model_ids)
+    app.add_middleware(KeyGuard, keys=keys or Keys())
+    app.add_middleware(RequestScope, echo=echo_request_id, max_body_bytes=max_body_bytes)
     install_handlers(app)
-    app.include_router(make_router(backend))
+    app.include_router(make_router(backend, upstream))
     app.include_router(make_runtime_router(backend.runtime, app.title, app.version))
-
-    @app.get("/health", tags=["server"], summary="200 when requests can be served, else 503 with the reason")
-    async def health() -> JSONResponse:
-        reason = backend.health()
-        if reason is not None:
-            return JSONResponse({"status": "unavailable", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "ok", "models": backend.model_ids()})
-
-    @app.get("/version", tags=["server"], summary="Version of raytier")
-    async def get_version() -> dict[str, Any]:
-        return {"version": package_version()}
+    app.include_router(make_server_router(backend, app.version))
 
     return app
 

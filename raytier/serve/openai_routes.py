@@ -3,27 +3,28 @@
 No `from __future__ import annotations` here: FastAPI reads the annotations at run time.
 """
 
-from typing import Any
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from raytier.errors import InvalidRequestError, ModelNotFoundError
 from raytier.serve.answers import ChatWriter, CompletionWriter, Writer, stream_events
 from raytier.serve.backend import Backend
+from raytier.serve.chat import ChatInput, prepare_chat
+from raytier.serve.completion import TextInput, prepare_text
 from raytier.serve.errors import JSONBytes, request_id_of
-from raytier.serve.generate import ChatInput, Generation, TextInput, prepare
-from raytier.serve.schema import (
-    ChatCompletion,
-    ChatCompletionRequest,
-    Completion,
-    CompletionRequest,
-    ErrorResponse,
-    GenerationRequest,
-    ModelCard,
-    ModelList,
-)
+from raytier.serve.generate import Generation, check_number
+from raytier.serve.messages import ChosenTool
+from raytier.serve.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from raytier.serve.schema import ChatCompletion, Completion, ErrorResponse, ModelCard, ModelList
 from raytier.serve.sse import EventStream, guarded
+
+if TYPE_CHECKING:
+    from raytier.serve.upstream import Upstream
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "A field is wrong; `param` names it."},
@@ -41,42 +42,38 @@ _GENERATES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_router(backend: Backend) -> APIRouter:
-    """The routes under /v1 over `backend`."""
+def make_router(backend: Backend, upstream: "Upstream | None" = None) -> APIRouter:
+    """The routes under /v1 over `backend`; the models of `upstream` are listed too."""
     router = APIRouter(prefix="/v1", tags=["openai"])
 
     @router.post(
         "/chat/completions", response_model=ChatCompletion, responses=_GENERATES, summary="Continue a conversation"
     )
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
-        engine = await backend.engine(body.model)
-        chat = ChatInput(
-            messages=[message.model_dump(exclude_none=True) for message in body.messages],
-            sampling=body.sampling(),
-            add_generation_prompt=body.add_generation_prompt is not False,
-            template_kwargs=body.chat_template_kwargs or {},
-        )
-        prompts = await prepare(engine, [chat])
-        try:
-            generation = await Generation.start(engine, prompts)
-        except InvalidRequestError as error:
-            if error.param == "prompt":  # the engine's name of what is `messages` here
-                raise InvalidRequestError(error.message, param="messages") from None
-            raise
-        return await _answer(request, body, generation, ChatWriter(engine.model_id, body.include_usage))
+        model = await backend.model(body.model)
+        with _in_their_words(body, prompt="messages"):
+            prompt = await asyncio.to_thread(prepare_chat, model, chat_input(body))
+            generation = await Generation.start(model, [prompt], priority=body.priority or 0)
+        return await _answer(request, body, generation, ChatWriter(generation, body.include_usage))
 
     @router.post("/completions", response_model=Completion, responses=_GENERATES, summary="Continue raw prompts")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        engine = await backend.engine(body.model)
+        model = await backend.model(body.model)
+        check_number(model, len(body.prompt))
         sampling = body.sampling()
-        prompts = await prepare(engine, [TextInput(prompt, sampling) for prompt in body.prompt])
-        generation = await Generation.start(engine, prompts)
-        return await _answer(request, body, generation, CompletionWriter(engine.model_id, body.include_usage))
+        inputs = [TextInput(each, sampling, bool(body.echo), body.add_special_tokens) for each in body.prompt]
+        with _in_their_words(body, prompt="prompt"):
+            prompts = await asyncio.to_thread(lambda: [prepare_text(model, each) for each in inputs])
+            generation = await Generation.start(model, prompts, priority=body.priority or 0)
+        return await _answer(request, body, generation, CompletionWriter(generation, body.include_usage))
 
-    @router.get("/models", response_model=ModelList, summary="Models of this server")
+    @router.get("/models", response_model=ModelList, summary="Models of this server, and of the one behind it")
     async def list_models() -> Response:
-        cards = [_card(model_id, backend.created) for model_id in backend.model_ids()]
-        return JSONBytes(ModelList(object="list", data=cards).json_bytes())
+        held = backend.model_ids()
+        cards = [_card(model_id, backend.created).model_dump() for model_id in held]
+        if upstream is not None:
+            cards += [card for card in await upstream.models() if card["id"] not in held]
+        return JSONResponse({"object": "list", "data": cards})
 
     @router.get(
         "/models/{model_id:path}",
@@ -93,17 +90,50 @@ def make_router(backend: Backend) -> APIRouter:
     return router
 
 
+def chat_input(body: ChatCompletionRequest) -> ChatInput:
+    """What a request's body means."""
+    choice = body.tool_choice
+    kwargs = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    return ChatInput(
+        messages=[message.for_template() for message in body.messages],
+        sampling=body.sampling(),
+        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        tool_choice=choice.model_dump() if isinstance(choice, ChosenTool) else choice,
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        template_kwargs=kwargs,
+    )
+
+
+@contextmanager
+def _in_their_words(body: GenerationRequest, prompt: str) -> Iterator[None]:
+    """An error of the engine's names the field as this route calls it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        name, message = error.param, error.message
+        if name == "prompt":
+            name = prompt
+        elif name == "structured_outputs" and body.form is not None:
+            name = body.form[0]
+            message = message.replace("structured_outputs", name, 1)
+        raise InvalidRequestError(message, param=name) from None
+
+
 async def _answer(request: Request, body: GenerationRequest, generation: Generation, writer: Writer) -> Response:
     """The whole answer, or a stream of it that owns `generation` from then on."""
     if body.stream:
         events = stream_events(generation, writer, body.include_usage)
         return EventStream(guarded(events, request_id_of(request)), generation.aclose)
     try:
-        results = await generation.results()
+        outputs = await generation.outputs()
     finally:
         # Ray Serve cancels this task when the client goes away.
         await generation.aclose()
-    return JSONBytes(writer.whole(results).json_bytes())
+    return JSONBytes(writer.whole(outputs).json_bytes())
 
 
 def _card(model_id: str, created: int) -> ModelCard:

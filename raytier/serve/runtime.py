@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
+
+from prometheus_client.core import Metric
 
 from raytier.actors.group import GroupStatus
 from raytier.actors.names import actor_name
@@ -20,7 +22,8 @@ from raytier.planner.budgets import DeviceKind
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.serve import views
 from raytier.serve.control import ModelControl, Node, UnloadMode
-from raytier.serve.generate import generate
+from raytier.serve.handles import generate
+from raytier.serve.metrics import RequestMetrics, engine_families
 from raytier.serve.runtime_schema import (
     ActorInfo,
     GenerateAnswer,
@@ -35,6 +38,7 @@ from raytier.serve.runtime_schema import (
     TransferAnswer,
     TransferStatus,
 )
+from raytier.serve.served import ServedModel
 from raytier.tiers.transfers import DEFAULT_PRIORITY
 
 #: A status is asked for by people and by scripts that poll: better incomplete than late.
@@ -80,6 +84,7 @@ class Runtime:
         app: name of the application.
         description: of the model, from when the application was built; a loaded one has its own.
         disk_paths: whose disks the status tells of.
+        request_timeout_s: longest life of a request.
     """
 
     def __init__(
@@ -89,13 +94,17 @@ class Runtime:
         control: ModelControl,
         description: ModelDescription,
         disk_paths: Sequence[str] = (),
+        request_timeout_s: float | None = None,
     ) -> None:
         self._app = app
         self._node = node
         self._control = control
         self._description = description
         self._disk_paths = disk_paths
+        self._timeout_s = request_timeout_s
         self._began = time.monotonic()
+        self._served: ServedModel | None = None
+        self._requests = RequestMetrics(control.entry.model_id)
 
     # Models
 
@@ -158,16 +167,35 @@ class Runtime:
         top_k: int | None = None,
     ) -> GenerateAnswer:
         """Continue a raw prompt; what is None comes from the model's defaults. Raises as a completion does."""
-        engine = await self._control.engine(model)
+        served = await self.served(model)
         given = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        result = await generate(engine, prompt, **{name: value for name, value in given.items() if value is not None})
+        result = await generate(served, prompt, **{name: value for name, value in given.items() if value is not None})
         return GenerateAnswer(
             prompt=prompt,
             generated_text=result.text,
-            model_name=engine.model_id,
+            model_name=served.engine.model_id,
             tokens_generated=result.completion_tokens,
             generation_time_seconds=result.seconds,
         )
+
+    async def served(self, model: str | None = None) -> ServedModel:
+        """A model as the front sees it, waiting for it while it is being loaded.
+
+        Raises:
+            ModelNotFoundError, QueueFullError, ConflictError, RaytierError: as `ModelControl.engine`.
+        """
+        engine = await self._control.engine(model)
+        if self._served is None or self._served.engine is not engine:
+            self._served = ServedModel(engine, self._control.entry, self._timeout_s)
+            engine.observe(self._requests.take)
+        return self._served
+
+    def metrics(self) -> Iterable[Metric]:
+        """What /metrics shows: requests since this replica began, and the engine as it is now."""
+        engine = self._control.running
+        stats = None if engine is None else engine.stats()
+        yield from self._requests.families()
+        yield from engine_families(self._control.entry.model_id, stats, self._control.state)
 
     # Layers and transfers
 

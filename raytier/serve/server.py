@@ -6,27 +6,29 @@ No torch in this process: it schedules, tokenises and talks to clients; what com
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from fastapi import FastAPI
+from prometheus_client.core import Metric
 from ray import serve
 from ray.exceptions import RayActorError
 
 from raytier.actors.describer import Describer
 from raytier.actors.group import ActorGroup, GroupStatus
 from raytier.checkpoint.manifest import ModelDescription
-from raytier.config import AppConfig
-from raytier.engine.engine import Engine
+from raytier.config import MIB, AppConfig
+from raytier.config import Upstream as UpstreamSection
 from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.errors import ConflictError, EngineDeadError
 from raytier.planner.budgets import planned_paths
 from raytier.planner.plan import ResourcePlan
-from raytier.serve import generate
+from raytier.serve import handles
+from raytier.serve.auth import Keys
 from raytier.serve.control import ModelControl, UnloadMode
-from raytier.serve.generate import GenerateResult
+from raytier.serve.handles import ChatDelta, GenerateResult
 from raytier.serve.http import build_api
 from raytier.serve.runtime import Runtime
 from raytier.serve.runtime_schema import (
@@ -38,7 +40,11 @@ from raytier.serve.runtime_schema import (
     TransferAnswer,
     TransferStatus,
 )
+from raytier.serve.served import ServedModel
 from raytier.tiers.transfers import DEFAULT_PRIORITY
+
+if TYPE_CHECKING:
+    from raytier.serve.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +64,9 @@ class LLMServer:
         placement_group = ray.util.get_current_placement_group()
         assert placement_group is not None, "the application builder gives every replica a placement group"
         self._config = config
+        # Before anything is started: keys that are missing are a mistake.
+        self._keys = Keys.of(config.api)
+        self._upstream = _upstream(config.api.upstream)
         self._failure: str | None = None
         self.created = int(time.time())
         app = serve.get_replica_context().app_name
@@ -65,7 +74,8 @@ class LLMServer:
         describe = Describer(config.model.directory(), description)
         self._control = ModelControl(self._group, config.model, describe, config.scheduler.max_queue)
         disks = planned_paths(config, description.manifest.model_dir)
-        self.runtime = Runtime(app, self._group, self._control, description, disks)
+        timeout_s = config.api.request_timeout_s
+        self.runtime = Runtime(app, self._group, self._control, description, disks, timeout_s)
         startup = config.startup_model is not None
         try:
             # In threads: this takes long, and Serve asks this loop for its health meanwhile.
@@ -78,15 +88,24 @@ class LLMServer:
             raise
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self, echo_request_id=False)
+        return build_api(
+            self,
+            keys=self._keys,
+            upstream=self._upstream,
+            max_body_bytes=int(self._config.api.max_body_mb * MIB),
+            echo_request_id=False,
+        )
 
     # Backend of the HTTP layer
 
     def model_ids(self) -> list[str]:
         return [entry.model_id for entry in self._config.models]
 
-    async def engine(self, model_id: str | None) -> Engine:
-        return await self._control.engine(model_id)
+    async def model(self, model_id: str | None) -> ServedModel:
+        return await self.runtime.served(model_id)
+
+    def metrics(self) -> Iterable[Metric]:
+        return self.runtime.metrics()
 
     def health(self) -> str | None:
         engine = self._control.running
@@ -99,12 +118,12 @@ class LLMServer:
 
         Args:
             prompt: text or token ids, taken raw (no chat template).
-            sampling: fields of a completion request: max_tokens, temperature, top_p, top_k, seed, stop, ...
+            sampling: fields of `SamplingParams`: max_tokens, temperature, top_p, seed, n, stop, logprobs, ...
 
         Raises:
             InvalidRequestError, ModelNotFoundError, ConflictError, QueueFullError, EngineDeadError: as over HTTP.
         """
-        return await generate.generate(await self.engine(model), prompt, **sampling)
+        return await handles.generate(await self.model(model), prompt, **sampling)
 
     async def generate_stream(
         self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any
@@ -113,21 +132,26 @@ class LLMServer:
 
         A reader that goes away ends the request.
         """
-        async with aclosing(generate.generate_stream(await self.engine(model), prompt, **sampling)) as deltas:
+        async with aclosing(handles.generate_stream(await self.model(model), prompt, **sampling)) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
+        self, messages: Sequence[Mapping[str, Any]], model: str | None = None, **options: Any
     ) -> GenerateResult:
-        """Continue a conversation of `{"role": ..., "content": ...}`; otherwise as `generate`."""
-        return await generate.chat(await self.engine(model), messages, **sampling)
+        """Continue a conversation; `result.message` has content, thoughts and calls of tools.
+
+        Args:
+            messages: as OpenAI has them; the arguments of calls are objects.
+            options: fields of `ChatInput` (tools, tool_choice, ...); all others are sampling's, as in `generate`.
+        """
+        return await handles.chat(await self.model(model), messages, **options)
 
     async def chat_stream(
-        self, messages: Sequence[Mapping[str, str]], model: str | None = None, **sampling: Any
-    ) -> AsyncIterator[OutputDelta]:
+        self, messages: Sequence[Mapping[str, Any]], model: str | None = None, **options: Any
+    ) -> AsyncIterator[ChatDelta]:
         """As `chat`, while it happens."""
-        async with aclosing(generate.chat_stream(await self.engine(model), messages, **sampling)) as deltas:
+        async with aclosing(handles.chat_stream(await self.model(model), messages, **options)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -213,7 +237,17 @@ class LLMServer:
         # Before there is a group nothing has to be ended in order.
         if getattr(self, "_group", None) is not None:
             self._control.close()
+            if self._upstream is not None:
+                await self._upstream.aclose()
             await asyncio.to_thread(self._group.stop)
+
+
+def _upstream(section: UpstreamSection) -> "Upstream | None":
+    if section.base_url is None:
+        return None
+    from raytier.serve.upstream import Upstream  # with httpx, 4 MiB: for those who forward
+
+    return Upstream(section)
 
 
 def _log_with_serve(level: str) -> None:

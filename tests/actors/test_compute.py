@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from raytier.actors.compute import ComputeThread, StepConnection
-from raytier.engine.step import SampleSpec, SequenceChunk, StepBatch, StepResult, StepStats
+from raytier.engine.step import SequenceChunk, StepBatch, StepResult, StepStats
 from raytier.errors import TierError
 
 
@@ -63,8 +63,7 @@ def connection(compute: ComputeThread) -> Iterator[StepConnection]:
 
 
 def batch_of(step: int, *tokens: int) -> StepBatch:
-    spec = SampleSpec(0.0, 1.0, 0, 0, 0, len(tokens))
-    return StepBatch("tiny", 1, step, (SequenceChunk(5, tokens, 0, (1, 2), spec),))
+    return StepBatch("tiny", 1, step, (SequenceChunk(5, tokens, 0, (1, 2), True),))
 
 
 def test_what_a_step_returns_and_raises_comes_back(connection: StepConnection) -> None:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from raytier.checkpoint.manifest import TokenizerSpec
-from raytier.engine.step import SampleSpec, StepBatch, StepResult, StepStats
+from raytier.engine.step import Arrival, SampleSpec, StepBatch, StepResult, StepStats, TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
 
 CORPUS = [
@@ -84,6 +84,8 @@ class PagedExecutor:
         self.block_size = block_size
         self.slots: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
         self.batches: list[StepBatch] = []
+        self.known: dict[int, Arrival] = {}
+        self.logprobs: dict[int, int] = {}  # of sequences that want them: tokens whose logprobs are known
         self.model = model or (lambda history, draw: next_token(history, draw, vocab_size))
         self.on_step = on_step
         self.threads: set[int] = set()
@@ -94,6 +96,11 @@ class PagedExecutor:
             self.on_step(batch)
         assert batch.step == len(self.batches) + 1
         self.batches.append(batch)
+        for seq_id in batch.ended:
+            del self.known[seq_id]
+            self.logprobs.pop(seq_id, None)
+        for arrival in batch.arrivals:
+            assert self.known.setdefault(arrival.seq_id, arrival) is arrival, "it is known already"
         written: set[int] = set()
         result = StepResult(batch.step, stats=StepStats(batch.num_tokens, len(batch.chunks), bytes_streamed=1000))
         for chunk in batch.chunks:
@@ -113,8 +120,18 @@ class PagedExecutor:
                 assert entry is not None, f"sequence {chunk.seq_id}: token {position} was never written"
                 assert entry[:2] == (chunk.seq_id, position), f"slot of {chunk.seq_id}@{position} holds {entry}"
                 history.append(entry[2])
-            if chunk.sample is not None:
-                result.tokens[chunk.seq_id] = self.model(history, chunk.sample)
+            arrival = self.known[chunk.seq_id]
+            if arrival.spec.prompt_logprobs is not None:
+                first = self.logprobs.setdefault(arrival.seq_id, arrival.logprobs_known)
+                assert first >= min(chunk.start + 1, arrival.prompt_len), "a row was left out"
+                targets = range(max(chunk.start + 1, first), min(chunk.stop + 1, arrival.prompt_len))
+                found = tuple(TokenLogprobs(arrival.tokens[i], -float(i), 1, ()) for i in targets)
+                if found:
+                    self.logprobs[arrival.seq_id] = targets.stop
+                    result.prompt_logprobs[chunk.seq_id] = found
+            if chunk.draws:
+                draw = arrival.spec.draw(chunk.stop - arrival.prompt_len)
+                result.tokens[chunk.seq_id] = self.model(history, draw)
         return result
 
     def _slot(self, table: Sequence[int], position: int) -> int:

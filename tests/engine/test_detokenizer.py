@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raytier.engine.detokenizer import Detokenizer, StopMatcher, _token_bytes
+from raytier.engine.byte_level import bytes_of
+from raytier.engine.detokenizer import Detokenizer, StopMatcher
 from raytier.engine.tokenizer import Tokenizer
 from tests.engine.fakes import EOS, byte_fallback_tokenizer, byte_level_tokenizer
 
@@ -101,33 +102,38 @@ def test_the_byte_alphabet_is_that_of_the_library() -> None:
     from tokenizers import decoders
 
     for token in BYTES._backend.get_vocab():
-        assert _token_bytes(token).decode(errors="replace") == decoders.ByteLevel().decode([token])
+        assert bytes_of(token).decode(errors="replace") == decoders.ByteLevel().decode([token])
 
 
 # ---- stop strings --------------------------------------------------------------------------------
 
 
-def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
-    """By definition: the text up to the stop string that is complete first (the first named one of those)."""
-    for end in range(1, len(text) + 1):
+def cut(text: str, stops: list[str], include: bool, unarmed: int = 0) -> tuple[str, str | None]:
+    """By definition: the text up to the stop string that is complete first (the first named one of those), beyond the
+    first `unarmed` characters."""
+    for end in range(unarmed + 1, len(text) + 1):
         hits = [stop for stop in stops if text[:end].endswith(stop)]
         if hits:
             shown = text[:end]
-            return (shown if include else shown[: end - len(hits[0])]), True
-    return text, False
+            return (shown if include else shown[: end - len(hits[0])]), hits[0]
+    return text, None
 
 
 @given(
     chunks=st.lists(st.text(alphabet="ab", max_size=4), max_size=12),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size=1, max_size=3, unique=True),
     include=st.booleans(),
+    unarmed=st.sampled_from([0, 0, 1, 3]),
 )
 @settings(max_examples=500, deadline=None)
-def test_stop_strings_wherever_the_borders_are(chunks: list[str], stops: list[str], include: bool) -> None:
+def test_stop_strings_wherever_the_borders_are(
+    chunks: list[str], stops: list[str], include: bool, unarmed: int
+) -> None:
     matcher = StopMatcher(stops, include)
-    given_out, seen, hit = "", "", False
-    for chunk in chunks:
-        text, hit = matcher.push(chunk)
+    given_out, seen = "", ""
+    hit: str | None = None
+    for number, chunk in enumerate(chunks):
+        text, hit = matcher.push(chunk, number >= unarmed)
         given_out += text
         seen += chunk
         if hit:
@@ -140,22 +146,48 @@ def test_stop_strings_wherever_the_borders_are(chunks: list[str], stops: list[st
         assert len(held) == longest
     else:
         given_out += matcher.flush()
-    assert (given_out, hit) == cut("".join(chunks), stops, include)
+    assert (given_out, hit) == cut("".join(chunks), stops, include, len("".join(chunks[:unarmed])))
 
 
 def test_stop_strings_in_a_detokenizer() -> None:
     detokenizer = Detokenizer(BYTES, stop=["文句"])
-    out, hit = "", False
+    out = ""
+    hit: str | None = None
     for token in BYTES.encode("日本語 中文句子"):
         text, hit = detokenizer.push(token)
         out += text
         if hit:
             break
-    assert (out, hit) == ("日本語 中", True)
+    assert (out, hit) == ("日本語 中", "文句")
+
+
+def test_before_min_tokens_no_stop_string_ends_the_text() -> None:
+    """A token beyond min_tokens has to complete it, as in vLLM; nothing of an earlier one is swallowed."""
+    ids = [BYTES.encode(letter)[0] for letter in "ababa"]
+    for min_tokens, wanted in ((0, ("", "ab")), (1, ("", "ab")), (2, ("ab", "ab")), (4, ("ababa", None))):
+        detokenizer = Detokenizer(BYTES, stop=["ab"], min_tokens=min_tokens)
+        out = ""
+        hit: str | None = None
+        for token in ids:
+            text, hit = detokenizer.push(token)
+            out += text
+            if hit is not None:
+                break
+        else:
+            out += detokenizer.flush()[0]
+        assert (out, hit) == wanted
+
+
+def test_bytes_of_single_tokens() -> None:
+    ids = BYTES.encode("naïve 😀 日本")
+    assert b"".join(BYTES.token_bytes(token) for token in ids) == "naïve 😀 日本".encode()
+    ids = FALLBACK.encode("▁hello▁world😀")
+    assert b"".join(FALLBACK.token_bytes(token) for token in ids) == " hello world😀".encode()
+    assert BYTES.token_bytes(BYTES.vocab_size + 5) == b""
 
 
 def test_a_stop_string_completed_by_the_flush() -> None:
     detokenizer = Detokenizer(BYTES, stop=["\ufffd"], include_stop=True)
     for token in BYTES.encode("a😀")[:-1]:
         assert not detokenizer.push(token)[1]
-    assert detokenizer.flush() == ("\ufffd", True)
+    assert detokenizer.flush() == ("\ufffd", "\ufffd")

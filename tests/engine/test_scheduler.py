@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.scheduler import Scheduler, SchedulerLimits
 from raytier.engine.sequence import FinishReason, Sequence, Status
-from raytier.engine.step import StepBatch, StepResult
+from raytier.engine.step import SequenceSpec, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from raytier.kv.block_pool import BlockPool
 from raytier.kv.ledger import LeaseLedger
@@ -36,11 +35,18 @@ def make(
 
 
 def sequence(
-    seq_id: int, prompt: int, new: int = 5, *, stop: frozenset[int] = frozenset(), temperature: float = 0.0
+    seq_id: int,
+    prompt: int,
+    new: int = 5,
+    *,
+    stop: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    priority: int = 0,
+    logprobs: int | None = None,
 ) -> Sequence:
-    params = SamplingParams(temperature=temperature, top_p=1, top_k=0, max_tokens=new)
     tokens = [(seq_id * 7 + position) % VOCAB for position in range(prompt)]
-    return Sequence(seq_id, tokens, prompt, prompt + new, params, seed=seq_id, stop_ids=stop)
+    spec = SequenceSpec(temperature, seed=seq_id, prompt_logprobs=logprobs)
+    return Sequence(seq_id, tokens, prompt, prompt + new, spec, stop, priority)
 
 
 def shape(batch: StepBatch | None) -> list[tuple[int, int, int]]:
@@ -70,7 +76,7 @@ def test_prefill_is_chunked_and_decodes_go_first() -> None:
         batch = scheduler.schedule()
         shapes.append(shape(batch))
         assert batch is not None
-        drawing.append([c.seq_id for c in batch.chunks if c.sample is not None])
+        drawing.append([c.seq_id for c in batch.chunks if c.draws])
         scheduler.apply(executor.step(batch))
     assert shapes == [
         [(1, 0, 3), (2, 0, 7)],
@@ -144,6 +150,85 @@ def test_the_latest_is_preempted_and_resumes_before_those_that_wait() -> None:
     assert started == [1, 2, 2, 3]
     assert scheduler.num_preemptions == 1
     assert pool.num_used == 0
+
+
+def test_priorities_go_first_and_the_last_of_them_is_preempted() -> None:
+    scheduler, pool, executor = make(blocks=8, seqs=2, tokens=32)
+    low, middle, high = (sequence(i, 12, 10, priority=p) for i, p in ((1, 5), (2, 1), (3, -1)))
+    scheduler.add(low)
+    batch = scheduler.schedule()
+    assert shape(batch) == [(1, 0, 12)]
+    scheduler.add(middle)
+    scheduler.add(high)
+    assert batch is not None
+    scheduler.apply(executor.step(batch))
+    ends: list[int] = []
+    while (batch := scheduler.schedule()) is not None:
+        ends += [s.seq_id for s, _ in scheduler.apply(executor.step(batch)) if s.finished]
+        scheduler.check_integrity()
+    assert ends == [3, 2, 1]
+    assert (low.preemptions, middle.preemptions, high.preemptions) == (1, 0, 0)
+    assert pool.num_used == 0
+
+
+def test_what_the_executor_must_know_is_sent_once_and_again_after_a_preemption() -> None:
+    scheduler, _, executor = make(blocks=8, tokens=10)
+    sequences = [sequence(1, 12, 14), sequence(2, 12, 8, logprobs=2)]
+    for each in sequences:
+        scheduler.add(each)
+    run(scheduler, executor)
+    arrivals = [arrival for batch in executor.batches for arrival in batch.arrivals]
+    assert [arrival.seq_id for arrival in arrivals] == [1, 2, 2]
+    assert scheduler.num_preemptions == 1
+    assert [len(arrival.tokens) for arrival in arrivals] == [0, 12, len(arrivals[2].tokens)]
+    assert len(arrivals[2].tokens) > 12, "what was generated is there to be taken up again"
+    assert (arrivals[1].logprobs_known, arrivals[2].logprobs_known) == (1, 12)
+    assert [seq_id for batch in executor.batches for seq_id in batch.ended] == [2, 1]
+
+
+def test_samples_are_queued_all_or_none() -> None:
+    scheduler, _, _ = make(queue=3)
+    scheduler.add(sequence(1, 3))
+    with pytest.raises(QueueFullError):
+        scheduler.add(*(sequence(i, 3) for i in (2, 3, 4)))
+    assert scheduler.num_waiting == 1
+    with pytest.raises(InvalidRequestError, match="4 samples of one request; at most 3 .*lower n"):
+        scheduler.add(*(sequence(i, 3) for i in (2, 3, 4, 5)))
+    scheduler.add(sequence(2, 3), sequence(3, 3))
+    assert scheduler.num_waiting == 3
+
+
+def test_logprobs_of_prompts_are_bounded_per_step() -> None:
+    """16 rows at least, 2 per sequence that may run and does not decode; a prompt without them is not held up."""
+    scheduler, pool, executor = make(seqs=12, blocks=60, tokens=40, context=200)
+    asking, plain = sequence(1, 100, 0, logprobs=0), sequence(2, 30, 2)
+    scheduler.add(asking)
+    scheduler.add(plain)
+    shapes = []
+    while (batch := scheduler.schedule()) is not None:
+        shapes.append(shape(batch))
+        scheduler.apply(executor.step(batch))
+        scheduler.check_integrity()
+    assert shapes[:3] == [[(1, 0, 24), (2, 0, 16)], [(1, 24, 24), (2, 16, 14)], [(1, 48, 22), (2, 30, 1)]]
+    assert sum(count for step in shapes for seq_id, _, count in step if seq_id == 1) == 100
+    assert (asking.finish_reason, asking.num_output, asking.logprobs_known) == (FinishReason.LENGTH, 0, 100)
+    assert pool.num_used == 0
+
+
+def test_a_sequence_whose_token_cannot_be_drawn_ends_alone() -> None:
+    scheduler, pool, executor = make()
+    good, bad = sequence(1, 5), sequence(2, 5)
+    scheduler.add(good)
+    scheduler.add(bad)
+    batch = scheduler.schedule()
+    assert batch is not None
+    result = executor.step(batch)
+    del result.tokens[2]
+    result.failed[2] = "no token is left"
+    assert scheduler.apply(result) == [(good, good.tokens[-1]), (bad, None)]
+    assert bad.finish_reason is FinishReason.ERROR
+    run(scheduler, executor)
+    assert good.num_output == 5 and pool.num_used == 0
 
 
 def test_what_can_never_fit_is_refused_with_numbers() -> None:
@@ -242,10 +327,8 @@ def test_output_depends_on_the_sequence_alone(work: list[tuple[int, int]], block
     assert max(len(batch.chunks) for batch in executor.batches) <= seqs
     for each in sequences:
         reference = list(each.tokens[: each.prompt_len])
-        fresh = sequence(each.seq_id, each.prompt_len, each.params.max_tokens, temperature=each.params.temperature)
-        for _ in range(each.params.max_tokens):
-            reference.append(next_token(reference, fresh.next_draw(), VOCAB))
-            fresh.tokens = list(reference)
+        for position in range(each.max_tokens - each.prompt_len):
+            reference.append(next_token(reference, each.spec.draw(position), VOCAB))
         assert each.tokens == reference
         assert each.finish_reason is FinishReason.LENGTH
 
@@ -263,16 +346,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.batch: StepBatch | None = None
         self.ids = 0
 
-    @rule(prompt=st.integers(1, 30), new=st.integers(1, 18))
-    def add(self, prompt: int, new: int) -> None:
+    @rule(
+        prompt=st.integers(1, 30),
+        new=st.integers(1, 18),
+        priority=st.integers(-1, 1),
+        logprobs=st.sampled_from([None, None, 0]),
+    )
+    def add(self, prompt: int, new: int, priority: int, logprobs: int | None) -> None:
         self.ids += 1
-        arrival = sequence(self.ids, prompt, new)
+        arrival = sequence(self.ids, prompt, new - (logprobs == 0), priority=priority, logprobs=logprobs)
         try:
             self.scheduler.add(arrival)
         except QueueFullError:
             assert self.scheduler.num_waiting >= 4
         except InvalidRequestError:
-            assert prompt + new - 1 > 48 or prompt >= 48
+            assert prompt + new - 1 > 48
         else:
             self.sequences.append(arrival)
 
@@ -283,19 +371,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.batch = self.scheduler.schedule()
         assert (self.batch is not None) == work, "there is work but no step"
         if self.batch is not None:
-            running = any(c.start and len(c.token_ids) == 1 and c.sample is not None for c in self.batch.chunks)
+            running = any(c.start and len(c.token_ids) == 1 and c.draws for c in self.batch.chunks)
             assert 1 <= self.batch.num_tokens <= (4 if running else 6)
             assert self.scheduler.num_running <= 3
-            oldest = min(s.seq_id for s in self.sequences if not s.finished)
-            assert oldest in {c.seq_id for c in self.batch.chunks}, "the oldest does not progress"
+            first = min((s for s in self.sequences if s.status is Status.RUNNING), key=lambda s: s.order)
+            assert first.seq_id in {c.seq_id for c in self.batch.chunks}, "the first does not progress"
 
     @precondition(lambda self: self.batch is not None)
     @rule()
     def apply(self) -> None:
         assert self.batch is not None
         drawn = self.scheduler.apply(self.executor.step(self.batch))
-        alive = {c.seq_id for c in self.batch.chunks if c.sample is not None}
-        assert {s.seq_id for s, _ in drawn} <= alive
+        alive = {c.seq_id for c in self.batch.chunks if c.draws}
+        assert {s.seq_id for s, token in drawn if token is not None} <= alive
+        for each, token in drawn:
+            assert token is not None or each.max_tokens == each.prompt_len
+            assert each.spec.prompt_logprobs is None or each.logprobs_known == max(1, each.prompt_len)
         self.batch = None
 
     @precondition(lambda self: any(not s.finished for s in self.sequences))

@@ -62,7 +62,7 @@ def test_mixed_batch_in_chunks(window: int | None, softcap: float | None, sinks:
     done = [0, 0, 0]
     for plan in ([7, 1, 0], [1, 4, 12], [12, 1, 1], [1, 0, 0]):
         taken = [(i, n) for i, n in enumerate(plan) if n]
-        chunks = [SequenceChunk(i, tuple(range(n)), done[i], tables[i], None) for i, n in taken]
+        chunks = [SequenceChunk(i, tuple(range(n)), done[i], tables[i], False) for i, n in taken]
         cut = [(i, slice(done[i], done[i] + n)) for i, n in taken]
         packed = [torch.cat([source[i][:, part] for i, part in cut], dim=1)[None] for source in (queries, keys, values)]
         with forward_context(ForwardContext.build(store, chunks, torch.device("cpu"))):
@@ -119,15 +119,15 @@ def test_single_tokens_are_answered_together(window: int | None, kind: str) -> N
     torch.manual_seed(0)
     store = KVStore([KVLayerSpec(KV_HEADS, DIM, DIM)], 80, 4, torch.float32, torch.device("cpu"))
     chunks = [
-        SequenceChunk(0, (0,), 11, consecutive(60, 3), None),
-        SequenceChunk(1, (0,), 11, consecutive(20, 3), None),
-        SequenceChunk(2, (0,), 17, consecutive(27, 5), None),
-        SequenceChunk(3, (0, 0, 0), 6, consecutive(70, 3), None),
-        SequenceChunk(4, (0,), 11, consecutive(40, 3), None),
-        SequenceChunk(5, (0,), 17, consecutive(1, 5), None),
-        SequenceChunk(6, (0,), 11, (8, 12, 13), None),
-        SequenceChunk(7, (0,), 1, (16,), None),
-        SequenceChunk(8, (0,), 0, (17,), None),
+        SequenceChunk(0, (0,), 11, consecutive(60, 3), False),
+        SequenceChunk(1, (0,), 11, consecutive(20, 3), False),
+        SequenceChunk(2, (0,), 17, consecutive(27, 5), False),
+        SequenceChunk(3, (0, 0, 0), 6, consecutive(70, 3), False),
+        SequenceChunk(4, (0,), 11, consecutive(40, 3), False),
+        SequenceChunk(5, (0,), 17, consecutive(1, 5), False),
+        SequenceChunk(6, (0,), 11, (8, 12, 13), False),
+        SequenceChunk(7, (0,), 1, (16,), False),
+        SequenceChunk(8, (0,), 0, (17,), False),
     ]
     options: dict[str, object] = {"sliding_window": window}
     if kind == "softcap":
@@ -147,7 +147,7 @@ def test_a_batch_leaves_no_trace_in_the_results() -> None:
     """A sequence's result is the same bits alone, in a pair, or among many."""
     store = KVStore([KVLayerSpec(KV_HEADS, DIM, DIM)], 40, 4, torch.bfloat16, torch.device("cpu"))
     torch.manual_seed(0)
-    chunks = [SequenceChunk(i, (0,), 10, consecutive(1 + 5 * i, 3), None) for i in range(6)]
+    chunks = [SequenceChunk(i, (0,), 10, consecutive(1 + 5 * i, 3), False) for i in range(6)]
     together, _ = attend(store, chunks)
     for part in (chunks[:1], chunks[:2], chunks[:5]):
         torch.manual_seed(0)
@@ -166,8 +166,8 @@ def test_chunks_behind_a_prefix(
     torch.manual_seed(1)
     store = KVStore([KVLayerSpec(KV_HEADS, DIM, DIM)], 60, 4, dtype, torch.device("cpu"))
     chunks = [
-        SequenceChunk(0, (0,) * count, start, (*consecutive(30, 15), *consecutive(2, 15)), None),
-        SequenceChunk(1, (0,), 20, consecutive(50, 6), None),
+        SequenceChunk(0, (0,) * count, start, (*consecutive(30, 15), *consecutive(2, 15)), False),
+        SequenceChunk(1, (0,), 20, consecutive(50, 6), False),
     ]
     for window in (None, 7, 50):
         options: dict[str, object] = {"sliding_window": window}
@@ -184,7 +184,7 @@ def test_chunks_behind_a_prefix(
 
 def call(**kwargs: object) -> None:
     store = KVStore([KVLayerSpec(KV_HEADS, DIM, DIM)], 4, 4, torch.float32, torch.device("cpu"))
-    chunk = SequenceChunk(0, (1, 2), 0, (1,), None)
+    chunk = SequenceChunk(0, (1, 2), 0, (1,), False)
     q, k = torch.randn(1, HEADS, 2, DIM), torch.randn(1, KV_HEADS, 2, DIM)
     mask = kwargs.pop("mask", None)
     with forward_context(ForwardContext.build(store, [chunk], torch.device("cpu"))):

@@ -167,8 +167,8 @@ def test_decoder_layers_at_once(
     monkeypatch.setattr(cpu_kernels, "layer", lambda *a: calls.append(1) or compute(*a))
     # Block tables of three blocks, scattered over the pool.
     tables = [tuple(1 + (i * 3 + j) * 71 % 197 for j in range(3)) for i in range(sequences)]
-    single = [SequenceChunk(i, (i % 90,), 5 + i % 18, tables[i], None) for i in range(sequences)]
-    mixed = [SequenceChunk(i, tuple(range(1 + 2 * (i == 1))), 5 + i % 16, tables[i], None) for i in range(sequences)]
+    single = [SequenceChunk(i, (i % 90,), 5 + i % 18, tables[i], False) for i in range(sequences)]
+    mixed = [SequenceChunk(i, tuple(range(1 + 2 * (i == 1))), 5 + i % 16, tables[i], False) for i in range(sequences)]
     for chunks, fused in ((single, sequences <= cpu_kernels._library.most_rows), (mixed, False)):
         if chunks is mixed and sequences == 1:
             continue
@@ -204,6 +204,6 @@ def test_what_does_not_suit_runs_as_transformers_has_it(
             pytest.skip("oneDNN packs no bf16 here")
         linears.bind(layer.mlp.up_proj, linears.pack(layer.mlp.up_proj.weight))
         layer.mlp.up_proj._parameters["weight"] = torch.empty(192, 128, dtype=torch.bfloat16, device="meta")
-    chunks = [SequenceChunk(0, (5,), 9, (1, 2, 3), None)]
+    chunks = [SequenceChunk(0, (5,), 9, (1, 2, 3), False)]
     result, expected = (lanes[name].step(chunks) for name in ("kernels", "torch"))
     assert float((result - expected).norm() / expected.norm()) < 5e-2

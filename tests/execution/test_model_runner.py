@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from raytier.engine.step import SampleSpec, SequenceChunk, StepBatch
+from raytier.engine.step import Arrival, SequenceChunk, SequenceSpec, StepBatch
 from raytier.errors import CheckpointError, TierError
 from raytier.execution.attention import ForwardContext
 from raytier.execution.model_runner import ModelRunner
@@ -21,13 +21,14 @@ from raytier.planner.plan import Tier
 from raytier.tiers.files import DirectFile
 from tests.local_engine import PLACEMENTS, local_engine
 
-GREEDY = SampleSpec(temperature=0, top_p=1, top_k=0, seed=0, sample=0, position=0)
+GREEDY = SequenceSpec()
 PROMPT = (5, 9, 300, 17, 4)
 
 
 def step(runner: ModelRunner, number: int, tokens: tuple[int, ...] = PROMPT, start: int = 0) -> int:
-    chunk = SequenceChunk(1, tokens, start, (3, 1), GREEDY)
-    return runner.step(StepBatch("test", 0, number, (chunk,))).tokens[1]
+    chunk = SequenceChunk(1, tokens, start, (3, 1), True)
+    arrivals = (Arrival(1, GREEDY, len(PROMPT)),) if start == 0 else ()
+    return runner.step(StepBatch("test", 0, number, (chunk,), arrivals)).tokens[1]
 
 
 @pytest.mark.parametrize("failing_read", [1, 9])
@@ -76,7 +77,7 @@ def test_a_prefill_without_a_sample_draws_nothing_and_fills_kv(make_model: Calla
         whole = [runner.kv.read_tokens(layer, (3, 1), 0, 5) for layer in range(4)]
         for tensor in (*runner.kv.keys, *runner.kv.values):
             tensor.zero_()
-        first = SequenceChunk(1, PROMPT[:3], 0, (3, 1), None)
+        first = SequenceChunk(1, PROMPT[:3], 0, (3, 1), False)
         assert runner.step(StepBatch("test", 0, 2, (first,))).tokens == {}
         assert step(runner, 3, PROMPT[3:], start=3) == wanted
         for layer, (keys, values) in enumerate(whole):

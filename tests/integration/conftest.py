@@ -27,8 +27,10 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
     """100 KB of weights and a long context: a request may run for as long as a test wants."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    return save_model(path, "llama", tokenizer_dir, max_position_embeddings=8192)
+    path = save_model(tmp_path_factory.mktemp("models") / "tiny", "llama", tokenizer_dir, max_position_embeddings=8192)
+    template = path / "chat_template.jinja"
+    template.write_text("{# takes tools, written as <tool_call> #}" + template.read_text())
+    return path
 
 
 @pytest.fixture(scope="session")

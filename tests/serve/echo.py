@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+from prometheus_client.core import Metric
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backing
 
@@ -17,7 +18,7 @@ from raytier.checkpoint.manifest import GenerationDefaults, ModelDescription, Mo
 from raytier.config import Scheduler, parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.outputs import EngineStats
-from raytier.engine.step import StepBatch, StepResult
+from raytier.engine.step import Arrival, StepBatch, StepResult, TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, ResourceNotAvailableError, TierError
 from raytier.execution.parameters import ParameterStatus
@@ -27,6 +28,7 @@ from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier
 from raytier.serve.control import ModelControl
 from raytier.serve.runtime import Runtime
+from raytier.serve.served import ServedModel
 from raytier.tiers.transfers import TransferQueue
 from tests.planner.models import CPU_NODE, RATES, configuration, llama
 
@@ -40,7 +42,16 @@ TEMPLATE = (
 TEXT = ["The quick brown fox jumps over the lazy dog.", "Grüße aus Köln, 東京 and 🙂 everywhere.", "one two three four"]
 
 
-def make_tokenizer() -> Tokenizer:
+#: As TEMPLATE, of a model that knows tools and thinks; results of tools and earlier calls are shown as JSON.
+TOOL_TEMPLATE = (
+    "{# <tool_call>, <think> #}{% for message in messages %}"
+    "<|{{ 'user' if message.role == 'tool' else message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.arguments.a }}{% endfor %}{% endfor %}"
+    "{% if tools %}{{ tools | length }} tools{% endif %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
     """Byte-level BPE over a few sentences, trained here."""
     backing = Backing(models.BPE())
     backing.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,11 +61,11 @@ def make_tokenizer() -> Tokenizer:
     special = [END, "<|system|>", "<|user|>", "<|assistant|>"]
     backing.add_special_tokens([AddedToken(name, special=True) for name in special])
     end = backing.token_to_id(END)
-    return Tokenizer(TokenizerSpec(backing.to_str(), TEMPLATE, {"eos_token": END}, None, (end,), False))
+    return Tokenizer(TokenizerSpec(backing.to_str(), template, {"eos_token": END}, None, (end,), False))
 
 
 class Echo:
-    """Executor whose model repeats the prompt and then ends.
+    """Executor whose model repeats the prompt and then ends. It thinks -0.5 of what it says, and -1.5 of token 5.
 
     Attributes:
         gate: steps wait here while it is cleared.
@@ -64,7 +75,7 @@ class Echo:
     def __init__(self, end: int) -> None:
         self._end = end
         self._tokens: dict[int, list[int]] = {}
-        self._prompt_len: dict[int, int] = {}
+        self._arrived: dict[int, Arrival] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.before_step: dict[int, Callable[[], object]] = {}
@@ -75,15 +86,27 @@ class Echo:
         self.before_step.get(self.steps, lambda: None)()
         assert self.gate.wait(30), "the test left the gate closed"
         drawn: dict[int, int] = {}
+        result = StepResult(batch.step, drawn)
+        self._arrived |= {arrival.seq_id: arrival for arrival in batch.arrivals}
         for chunk in batch.chunks:
             known = self._tokens.setdefault(chunk.seq_id, [])
             known[chunk.start :] = chunk.token_ids
-            if chunk.sample is None:
+            arrival = self._arrived[chunk.seq_id]
+            length = arrival.prompt_len
+            seen = range(max(chunk.start, arrival.logprobs_known - 1), min(chunk.stop, length - 1))
+            if arrival.spec.prompt_logprobs is not None and seen:
+                result.prompt_logprobs[chunk.seq_id] = tuple(_thought_of(arrival.tokens[at + 1]) for at in seen)
+            if not chunk.draws:
                 continue
-            length = self._prompt_len.setdefault(chunk.seq_id, len(known))
-            position = chunk.sample.position
+            position = chunk.stop - length
             drawn[chunk.seq_id] = known[position] if position < length else self._end
-        return StepResult(batch.step, drawn)
+            if arrival.spec.logprobs is not None:
+                result.logprobs[chunk.seq_id] = _thought_of(drawn[chunk.seq_id])
+        return result
+
+
+def _thought_of(token: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -0.5, 1, ((token, -0.5), (5, -1.5)))
 
 
 def die() -> None:
@@ -222,32 +245,39 @@ class Served:
 
     created = 1_700_000_000
 
-    def __init__(self, tokenizer: Tokenizer, scheduler: Scheduler, blocks: int, max_context: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        blocks: int,
+        max_context: int,
+        timeout_s: float | None = None,
+    ) -> None:
         self.node = EchoNode(tokenizer, scheduler, blocks, max_context)
         config = parse_config({"models": [{"model_id": MODEL, "source_path": "/models/llama"}]})
         self.control = ModelControl(self.node, config.model, self._describe, scheduler.max_queue)
-        self.runtime = Runtime("app", self.node, self.control, self.node.description)
+        self.runtime = Runtime("app", self.node, self.control, self.node.description, request_timeout_s=timeout_s)
         self.reason: str | None = None
 
     def _describe(self) -> ModelDescription:
         return self.node.description
 
     @property
-    def model(self) -> EchoModel:
+    def loaded(self) -> EchoModel:
         assert self.node.model is not None
         return self.node.model
 
     @property
     def only(self) -> Engine:
-        return self.model.engine
+        return self.loaded.engine
 
     @property
     def executor(self) -> Echo:
-        return self.model.executor
+        return self.loaded.executor
 
     @property
     def pool(self) -> BlockPool:
-        return self.model.pool
+        return self.loaded.pool
 
     async def load(self) -> None:
         """Load the model and wait until it is."""
@@ -257,8 +287,11 @@ class Served:
     def model_ids(self) -> list[str]:
         return [MODEL]
 
-    async def engine(self, model_id: str | None) -> Engine:
-        return await self.control.engine(model_id)
+    async def model(self, model_id: str | None) -> ServedModel:
+        return await self.runtime.served(model_id)
+
+    def metrics(self) -> Iterable[Metric]:
+        return self.runtime.metrics()
 
     def health(self) -> str | None:
         return self.reason
@@ -286,6 +319,6 @@ class Served:
         self.node.transfers.close("the test has ended")
         self.control.close()
         if self.node.model is not None:
-            self.model.move_gate.set()
+            self.loaded.move_gate.set()
             self.executor.gate.set()
             self.only.close()

@@ -8,7 +8,7 @@ import pytest
 
 from raytier.errors import BudgetError, CheckpointError, ConflictError, ModelNotFoundError, QueueFullError
 from raytier.serve.control import ModelControl
-from raytier.serve.generate import generate
+from raytier.serve.handles import generate
 from tests.serve.conftest import MakeServed
 from tests.serve.echo import MODEL, Served
 
@@ -23,8 +23,7 @@ async def test_load_and_unload_again_and_again(unloaded: Served) -> None:
     assert (control.state, control.running) == ("no_model_loaded", None)
     for count in range(1, 4):
         assert "is being loaded" in control.load("/models/llama" if count % 2 else MODEL)
-        engine = await control.engine(None)
-        assert (await generate(engine, "one two")).text == "one two"
+        assert (await generate(await unloaded.model(None), "one two")).text == "one two"
         await unloaded.eventually(lambda: control.state == "loaded")
         assert await control.unload(None) == f"{MODEL} is unloaded"
         assert (control.state, control.running, unloaded.node.model) == ("no_model_loaded", None, None)
@@ -86,7 +85,7 @@ async def test_requests_are_taken_before_everything_is_read(unloaded: Served) ->
     control, node = unloaded.control, unloaded.node
     node.read_gate.clear()
     control.load(None)
-    assert (await generate(await control.engine(None), "dog")).text == "dog"
+    assert (await generate(await unloaded.model(None), "dog")).text == "dog"
     assert control.state == "loading"
     await control.unload(None, "cancel")
     assert control.state == "no_model_loaded"
@@ -138,7 +137,7 @@ async def test_draining_lets_requests_end(unloaded: Served) -> None:
     await unloaded.load()
     control = unloaded.control
     unloaded.executor.gate.clear()
-    answer = asyncio.ensure_future(generate(await control.engine(None), "one two three"))
+    answer = asyncio.ensure_future(generate(await unloaded.model(None), "one two three"))
     await unloaded.until(lambda stats: stats.running)
     unloading = asyncio.ensure_future(control.unload(None))
     await asyncio.sleep(0.05)
@@ -157,7 +156,7 @@ async def test_cancelling_ends_requests_also_while_they_are_drained(unloaded: Se
     await unloaded.load()
     control, executor = unloaded.control, unloaded.executor
     executor.before_step[3] = executor.gate.clear
-    answer = asyncio.ensure_future(generate(await control.engine(None), "one two three " * 9))
+    answer = asyncio.ensure_future(generate(await unloaded.model(None), "one two three " * 9))
     await unloaded.eventually(lambda: executor.steps == 3)
     draining = asyncio.ensure_future(control.unload(None))
     await asyncio.sleep(0.05)
@@ -173,7 +172,7 @@ async def test_cancelling_ends_requests_also_while_they_are_drained(unloaded: Se
 async def test_unloading_goes_on_when_the_caller_goes_away(unloaded: Served) -> None:
     await unloaded.load()
     unloaded.executor.gate.clear()
-    answer = asyncio.ensure_future(generate(await unloaded.control.engine(None), "dog"))
+    answer = asyncio.ensure_future(generate(await unloaded.model(None), "dog"))
     await unloaded.until(lambda stats: stats.running)
     caller = asyncio.ensure_future(unloaded.control.unload(None))
     await asyncio.sleep(0.01)

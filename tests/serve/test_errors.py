@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from raytier.errors import BudgetError, EngineDeadError, QueueFullError, RaytierError
-from raytier.serve.generate import generate
+from raytier.serve.handles import generate
 from raytier.serve.http import MAX_BODY_BYTES, build_api
 from tests.serve.echo import MODEL, Served
 from tests.serve.helpers import Exchange
@@ -21,6 +23,10 @@ from tests.serve.helpers import Exchange
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 USER = [{"role": "user", "content": "dog"}]
+
+
+def call_of(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -61,20 +67,29 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("stream_options", {"include_usage": True}, "stream=true"),
         ("model", 5, "valid string"),
         ("best_friend", 1, "unknown field"),
-        ("n", 2, "leave it out or send 1"),
-        ("n", True, "not supported"),
-        ("logprobs", True, "not supported"),
-        ("logprobs", 1, "not supported"),
-        ("presence_penalty", 0.5, "leave it out or send 0"),
-        ("frequency_penalty", -1, "not supported"),
-        ("logit_bias", {"5": 1}, "not supported"),
-        ("tools", [{"type": "function"}], "not supported"),
-        ("tool_choice", "required", "not supported"),
-        ("response_format", {"type": "json_object"}, "not supported"),
-        ("echo", True, "not supported"),
-        ("suffix", "end", "not supported"),
+        ("n", 0, "between 1 and"),
+        ("n", 1000, "between 1 and"),
+        ("n", True, "valid integer"),
+        ("presence_penalty", 2.5, "between -2 and 2"),
+        ("frequency_penalty", -3, "between -2 and 2"),
+        ("repetition_penalty", 0, "above 0"),
+        ("min_p", 1.5, "between 0 and 1"),
+        ("min_tokens", -1, "at least 0"),
+        ("logit_bias", {"5": 200}, "-100 and 100"),
+        ("logit_bias", {"five": 1}, "token ids"),
+        ("logit_bias", [5], "valid dictionary"),
+        ("bad_words", [""], "1 to"),
+        ("allowed_token_ids", [], "at least one"),
+        ("prompt_logprobs", 99, "between 0 and 20"),
+        ("response_format", "json", "valid dictionary"),
+        ("response_format", {"type": "xml"}, "json_object"),
+        ("response_format", {"type": "json_schema"}, "goes with type json_schema"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, "required"),
+        ("structured_outputs", {"xml": "a"}, "json"),
+        ("structured_outputs", {}, "exactly one"),
+        ("structured_outputs", {"choice": []}, "choice"),
+        ("functions", [{"name": "f"}], "not supported"),
         ("best_of", 3, "not supported"),
-        ("min_p", 0.1, "not supported"),
         ("service_tier", "flex", "not supported"),
         ("store", True, "not supported"),
     ],
@@ -84,7 +99,7 @@ async def test_bad_field(http: httpx.AsyncClient, path: str, field: str, value: 
     body = {"model": MODEL, **({"messages": USER} if path == CHAT else {"prompt": "dog"}), field: value}
     error = error_of(await http.post(path, json=body), 400)
     assert error["param"] is not None
-    assert error["param"].partition("[")[0] == field
+    assert re.split(r"[.\[]", error["param"])[0] == field
     assert field in error["message"]
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
@@ -93,19 +108,15 @@ async def test_bad_field(http: httpx.AsyncClient, path: str, field: str, value: 
 NEUTRAL = {
     "n": 1,
     "best_of": 1,
-    "logprobs": False,
-    "top_logprobs": None,
+    "logprobs": None,
     "presence_penalty": 0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "min_p": 0,
     "logit_bias": {},
-    "tools": [],
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
     "response_format": {"type": "text"},
-    "echo": False,
-    "suffix": "",
+    "functions": [],
+    "structured_outputs": None,
     "service_tier": "auto",
     "store": False,
     "user": "me",
@@ -135,14 +146,22 @@ async def test_neutral_values_are_accepted(http: httpx.AsyncClient, path: str, p
         (["hi"], "messages[0]", ""),
         ([{"content": "x"}], "messages[0].role", "required"),
         ([{"role": "wizard", "content": "x"}], "messages[0].role", "'user'"),
-        ([{"role": "user"}], "messages[0].content", "required"),
+        ([{"role": "user"}], "messages[0].content", "needs content"),
         ([{"role": "user", "content": None}], "messages[0].content", "needs content"),
         ([{"role": "user", "content": 5}], "messages[0].content", "text"),
         ([{"role": "user", "content": []}], "messages[0].content", "text"),
         ([*USER, {"role": "user", "content": [{"type": "image_url"}]}], "messages[1].content", "image_url"),
         ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages[0].content", "string"),
         ([{"role": "user", "content": "x", "mood": "{good}"}], "messages[0].mood", "{good}"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls", "not supported"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id", "required"),
+        ([{"role": "assistant", "tool_calls": [call_of("{")]}], "messages[0].tool_calls[0].function.arguments", "JSON"),
+        (
+            [{"role": "assistant", "tool_calls": [call_of("[]")]}],
+            "messages[0].tool_calls[0].function.arguments",
+            "object",
+        ),
+        ([{"role": "user", "content": "x", "tool_calls": [call_of("{}")]}], "messages[0].tool_calls", "assistant"),
+        ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages[0].tool_call_id", "tool's message"),
         ([{"role": "assistant", "content": "x"}], "messages", "a user has to speak first"),
         ([{"role": "user", "content": "x" * 9000}], "messages", "context is 4096"),
     ],
@@ -227,12 +246,29 @@ async def test_surrogates_through_the_template(http: httpx.AsyncClient, served: 
     answer = await http.post(CHAT, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 200
     with pytest.raises(RaytierError, match=r"lone surrogate \(U\+D800\)"):
-        await generate(served.only, "a\ud800")
+        await generate(await served.model(None), "a\ud800")
 
 
-async def test_body_over_the_limit(http: httpx.AsyncClient) -> None:
+async def test_body_over_the_limit(http: httpx.AsyncClient, served: Served) -> None:
     error = error_of(await http.post(TEXT, json={"prompt": "x" * MAX_BODY_BYTES}), 413)
     assert error["code"] == "request_too_large"
+    small = httpx.ASGITransport(app=build_api(served, max_body_bytes=100))
+    async with httpx.AsyncClient(transport=small, base_url="http://raytier") as other:
+        assert error_of(await other.post(TEXT, json={"prompt": "x" * 100}), 413)["message"].startswith(
+            "The body is larger"
+        )
+        assert (await other.post(TEXT, json={"prompt": "x"})).status_code == 200
+
+
+async def test_ten_megabytes(http: httpx.AsyncClient) -> None:
+    """They are refused before they are tokenized, which would take a core for many seconds."""
+    began = time.monotonic()
+    text = "one two " * (10 * 2**20 // 8)
+    for path, body in ((TEXT, {"prompt": text}), (CHAT, {"messages": [{"role": "user", "content": text}]})):
+        error = error_of(await http.post(path, json=body), 400)
+        assert "context is 4096" in error["message"]
+        assert error["param"] == ("prompt" if path == TEXT else "messages")
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v1/embeddings", "/v1", "/"])
@@ -301,7 +337,7 @@ async def test_errors_of_the_backend(
     def refuse(model_id: str | None) -> None:
         raise raised
 
-    monkeypatch.setattr(served, "engine", refuse)
+    monkeypatch.setattr(served, "model", refuse)
     answer = await http.post(TEXT, json={"prompt": "a"})
     error = error_of(answer, status)
     assert (error["type"], error["message"]) == (kind, raised.message)
@@ -314,7 +350,7 @@ async def test_a_bug_is_logged_and_not_shown(
     def bug(model_id: str | None) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(served, "engine", bug)
+    monkeypatch.setattr(served, "model", bug)
     with caplog.at_level(logging.ERROR):
         answer = await http.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "mine-1"})
     error = error_of(answer, 500)
@@ -351,7 +387,8 @@ async def test_docs(http: httpx.AsyncClient, app: FastAPI) -> None:
     schema = (await http.get("/api/openapi.json")).json()
     assert schema["info"]["title"] == "raytier"
     paths = {path: routes for path, routes in schema["paths"].items() if not path.startswith("/api")}
-    assert set(paths) == {CHAT, TEXT, "/v1/models", "/v1/models/{model_id}", "/health", "/version"}
-    assert "422" not in json.dumps(paths)
+    own = {"/health", "/version", "/metrics", "/tokenize", "/detokenize"}
+    assert set(paths) == {CHAT, TEXT, "/v1/models", "/v1/models/{model_id}", *own}
+    assert "422" not in json.dumps({path: routes for path, routes in paths.items() if path not in own})
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     assert {"prompt", "model", "max_tokens", "stop", "stream_options"} <= set(fields)

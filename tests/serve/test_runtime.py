@@ -329,7 +329,7 @@ async def test_transfers(http: httpx.AsyncClient, served: Served) -> None:
     assert (status.status, status.reason, status.source, status.destination) == ("completed", None, "device", "host")
     assert (status.layer_id, status.layer_index) == (number, 0)
     assert status.nbytes == 768 * 256 * 2
-    assert served.model.host.held == {UP: status.nbytes}
+    assert served.loaded.host.held == {UP: status.nbytes}
     placed = (await http.get("/api/plan")).json()["placements"][number]
     assert (placed["tier"], placed["planned_tier"]) == ("host", "device")
 
@@ -340,24 +340,24 @@ async def test_transfers(http: httpx.AsyncClient, served: Served) -> None:
     whole = await moved(http, layer_index=0, destination_device="nvme")
     assert (whole["status"], whole["layer_id"], whole["layer_index"]) == ("completed", None, 0)
     assert whole["source"] == "device, host"
-    assert served.model.host.held == {}
+    assert served.loaded.host.held == {}
     assert (await http.get(f"/api/layers/{NORM}")).json()["current_device"] == "cpu", "norms stay"
     assert (await http.get(f"/api/layers/{UP}")).json()["current_device"] == "nvme"
 
 
 async def test_a_transfer_that_fails(http: httpx.AsyncClient, served: Served) -> None:
     """The reason is said, the parameter stays where it was, and nothing that was obtained for it is kept."""
-    served.model.host.capacity = 1000
+    served.loaded.host.capacity = 1000
     full = await moved(http, layer_id=UP, destination_device="host")
     assert (full["status"], full["source"], full["nbytes"], full["seconds"]) == ("failed", "device", 0, None)
     assert "no room in host: 1000 bytes" in full["reason"]
-    served.model.host.capacity = MIB
-    served.model.move_error = ResourceNotAvailableError("the device is full")
+    served.loaded.host.capacity = MIB
+    served.loaded.move_error = ResourceNotAvailableError("the device is full")
     assert (await moved(http, layer_id=UP, destination_device="host"))["reason"] == "the device is full"
-    served.model.move_error = ZeroDivisionError("a bug")
+    served.loaded.move_error = ZeroDivisionError("a bug")
     assert (await moved(http, layer_id=UP, destination_device="host"))["reason"] == "ZeroDivisionError: a bug"
-    assert served.model.host.held == {}
-    assert served.model.mover.tier_of[UP] is Tier.DEVICE
+    assert served.loaded.host.held == {}
+    assert served.loaded.mover.tier_of[UP] is Tier.DEVICE
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ async def test_transfers_that_make_no_sense(
 
 async def test_a_full_transfer_queue_is_503(http: httpx.AsyncClient, served: Served) -> None:
     """Two may wait here, one is under way; the most urgent goes first."""
-    served.model.move_gate.clear()
+    served.loaded.move_gate.clear()
     order: list[str] = []
 
     async def post(layer: int, priority: int) -> httpx.Response:
@@ -403,7 +403,7 @@ async def test_a_full_transfer_queue_is_503(http: httpx.AsyncClient, served: Ser
     assert (await http.get(f"/api/layers/transfer/{late}")).json()["status"] == "pending"
     for name, transfer in (("first", first), ("late", late), ("early", early)):
         served.node.transfers.future(transfer).add_done_callback(lambda _, name=name: order.append(name))
-    served.model.move_gate.set()
+    served.loaded.move_gate.set()
     await served.runtime.transfer_status(late, wait=True)
     assert order == ["first", "early", "late"]
     error_of(await http.get("/api/layers/transfer/unknown"), 404)
@@ -412,10 +412,10 @@ async def test_a_full_transfer_queue_is_503(http: httpx.AsyncClient, served: Ser
 
 
 async def test_unloading_fails_what_waits(http: httpx.AsyncClient, served: Served) -> None:
-    served.model.move_gate.clear()
+    served.loaded.move_gate.clear()
     ids = [(await served.runtime.transfer_layer(layer_index=i, destination="nvme")).transfer_id for i in (0, 1)]
     await served.eventually(lambda: served.node.transfers.counts().processing == 1)
-    gate, unloading = served.model.move_gate, asyncio.ensure_future(served.control.unload(None))
+    gate, unloading = served.loaded.move_gate, asyncio.ensure_future(served.control.unload(None))
     await served.eventually(lambda: served.node.transfers.get(ids[1]).finished)
     assert not unloading.done(), "it waits for the one that is under way"
     gate.set()
@@ -427,7 +427,7 @@ async def test_unloading_fails_what_waits(http: httpx.AsyncClient, served: Serve
 
 async def test_plan(http: httpx.AsyncClient, served: Served) -> None:
     plan = (await http.get("/api/plan", params={"model": MODEL})).json()
-    planned = served.model.plan
+    planned = served.loaded.plan
     assert [each["name"] for each in plan["placements"]] == [each.name for each in planned.placements]
     assert all(each["reason"] for each in plan["placements"])
     assert plan["devices"][0]["budget_bytes"] == 64 * MIB

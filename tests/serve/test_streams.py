@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from raytier.serve.generate import chat, chat_stream, generate, generate_stream
+from raytier.serve.handles import chat, chat_stream, generate, generate_stream
 from raytier.serve.http import build_api
 from tests.serve.echo import MODEL, Served, die
 from tests.serve.helpers import Exchange, events
@@ -48,7 +48,10 @@ async def test_usage_is_null_until_the_last_event(http: httpx.AsyncClient) -> No
         *chunks, last, done = events(answer.content)
         assert all(chunk["usage"] is None for chunk in chunks)
         assert last["choices"] == []
-        assert set(last["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+        usage = last["usage"]
+        assert set(usage) == {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"}
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
         assert done == "[DONE]"
 
 
@@ -201,17 +204,18 @@ async def test_a_refused_batch_leaves_nothing(make_served: Callable[..., Served]
 
 async def test_the_same_from_python(served: Served) -> None:
     """What deployment handles call."""
-    result = await generate(served.only, "one two", max_tokens=50)
+    model = await served.model(None)
+    result = await generate(model, "one two", max_tokens=50)
     assert (result.text, result.finish_reason) == ("one two", "stop")
     assert result.completion_tokens == len(result.token_ids) == result.prompt_tokens + 1
     assert result.seconds > 0
-    said = await chat(served.only, [{"role": "user", "content": "dog"}])
+    said = await chat(model, [{"role": "user", "content": "dog"}])
     assert said.text == "dog"
-    assert "".join([delta.text async for delta in generate_stream(served.only, result.token_ids[:-1])]) == "one two"
+    assert "".join([delta.text async for delta in generate_stream(model, result.token_ids[:-1])]) == "one two"
     served.executor.before_step[served.executor.steps + 6] = served.executor.gate.clear
-    stream = chat_stream(served.only, [{"role": "user", "content": LONG}])
+    stream = chat_stream(model, [{"role": "user", "content": LONG}])
     async for delta in stream:
-        assert delta.finish_reason is None
+        assert delta.delta.finish_reason is None
         break
     await stream.aclose()
     served.executor.gate.set()
