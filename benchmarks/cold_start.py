@@ -15,12 +15,12 @@ the run, which fits into memory on both sides. Before every measurement its file
 - T5.disk: bytes that loading wrote to disk / the model's bytes. The larger of what the files in the directories of the
   model and the cache have grown by and what the kernel says the application's processes have written, in all rounds.
 
-Why it is fair: rounds interleave both sides in changing order, and the ratio is the median of the rounds' ratios, so a
-slower phase of a shared machine hits both. Both sides use all cores and bf16, and compute the same prompt; all
-processes run at the same priority. The limits are raw O_DIRECT reads of the same file (4 requests of 8 MiB in flight): into a few
-used buffers, which is the disk; and into new memory for all of it, which no loader can do without that keeps weights
-in its process. transformers leaves them in the page cache, which is not zeroed and, in a virtual machine, filled by the
-host; so it is not bound by the second limit.
+Why it is fair: rounds interleave both sides in changing order, and the ratio is the median of the rounds' ratios, so
+a slower phase of a shared machine hits both. Both sides use all cores and bf16, and compute the same prompt; all
+processes run at the same priority. The limits are raw O_DIRECT reads of the same file (4 requests of 8 MiB in
+flight): into a few used buffers, which is the disk; and into new memory for all of it, which no loader can do without
+that keeps weights in its process. transformers leaves them in the page cache, which is not zeroed and, in a virtual
+machine, filled by the host; so it is not bound by the second limit.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import parse_config
 from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.engine.sampling_params import SamplingParams
+from raytier.engine.step import TokenLogprobs
 from raytier.errors import CheckpointError, ResourceNotAvailableError
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
@@ -30,13 +31,27 @@ _PLACEMENT_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished prompt. `finish_reason` is stop or length; `token_ids` includes the token that stopped it."""
+    """A finished sample of a prompt.
+
+    Attributes:
+        token_ids: with the token that stopped it, if one did.
+        finish_reason: stop or length.
+        index: of the sample among those of its prompt, 0 to n - 1.
+        logprobs: of each of `token_ids`, where they were asked for.
+        prompt_logprobs: of each token of the prompt (None for the first), where they were asked for, in the first
+            sample.
+        stop_reason: the stop string or stop token of the request that ended it.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    stop_reason: str | int | None = None
 
 
 class LLM:
@@ -95,14 +110,16 @@ class LLM:
     def generate(
         self, prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], **sampling: Any
     ) -> list[Completion]:
-        """Continue raw prompts as one batch; results in the order of the prompts.
+        """Continue raw prompts as one batch; results in the order of the prompts, the `n` samples of each in a row.
 
         Args:
             prompts: a text, a list of texts, one list of token ids, or a list of those.
-            sampling: max_tokens, temperature, top_p, top_k, seed, stop, stop_token_ids, ignore_eos, ...
+            sampling: fields of `SamplingParams`, for all prompts: max_tokens, temperature, top_p, n, seed, stop,
+                logprobs, structured_outputs, ...
 
         Raises:
             InvalidRequestError: a prompt or a sampling value cannot be served. EngineDeadError: an actor died.
+            GenerationError: what is allowed leaves no token to draw.
         """
         batch: Sequence[Any] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
         tokenizer = self.engine.tokenizer
@@ -214,4 +231,14 @@ def _is_ids(prompts: Sequence[Any]) -> bool:
 
 def _completion(delta: OutputDelta) -> Completion:
     assert delta.finish_reason is not None
-    return Completion(delta.text, delta.token_ids, delta.finish_reason, delta.prompt_tokens, delta.completion_tokens)
+    return Completion(
+        delta.text,
+        delta.token_ids,
+        delta.finish_reason,
+        delta.prompt_tokens,
+        delta.completion_tokens,
+        delta.index,
+        delta.logprobs,
+        delta.prompt_logprobs,
+        delta.stop_reason,
+    )

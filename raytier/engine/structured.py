@@ -22,6 +22,9 @@ _ONE = ("items", "additionalProperties", "additionalItems", "not", "contains", "
 _LISTS = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SHARED = ("$defs", "definitions")
+#: Between the parts of a JSON text: nothing, a space, or a new line with its indentation. Without a bound a model that
+#: likes blanks never comes to an end.
+_WHITESPACE = r"( |\n[ \t]{0,32})?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +119,16 @@ def _compile_schema(text: str, tokenizer: LLTokenizer) -> str:
     if message := _failure(schema, tokenizer):
         place, message = _deepest(schema, "", message, schema, tokenizer)
         _refuse(f"json: {message}, at {place or 'the root of the schema'}")
-    return grammar_from("json", text)
+    return _json_grammar(text)
+
+
+def _json_grammar(schema: str) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
 
 
 def _failure(schema: object, tokenizer: LLTokenizer) -> str:
     try:
-        return str(LLMatcher.validate_grammar(grammar_from("json", json.dumps(schema)), tokenizer)).strip()
+        return LLMatcher.validate_grammar(_json_grammar(json.dumps(schema)), tokenizer).strip()
     except ValueError as error:
         return str(error)
 

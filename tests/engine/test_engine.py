@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 
@@ -27,11 +30,11 @@ GREEDY = SamplingParams(temperature=0, top_p=1, top_k=0, max_tokens=12)
 BLOCK = 4
 
 
-def expected_tokens(prompt: Sequence[int], params: SamplingParams, seed: int = 0) -> list[int]:
+def expected_tokens(prompt: Sequence[int], params: SamplingParams, seed: int = 0, sample: int = 0) -> list[int]:
     """What the fake model generates, by definition."""
     tokens = list(prompt)
     for position in range(params.max_tokens):
-        draw = SampleSpec(params.temperature, params.top_p, params.top_k, seed, 0, position)
+        draw = SampleSpec(params.temperature, params.top_p, params.top_k, seed, sample, position)
         tokens.append(next_token(tokens, draw, VOCAB))
     return tokens[len(prompt) :]
 
@@ -41,18 +44,18 @@ class Collector:
     """A sink that remembers, and an event for the end."""
 
     deltas: list[OutputDelta] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
     first: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, delta: OutputDelta) -> None:
-        assert not self.done.is_set(), "a delta after the last one"
+        assert not self.ended.is_set(), "a delta after the last one"
         self.deltas.append(delta)
         self.first.set()
-        if delta.finish_reason is not None:
-            self.done.set()
+        if delta.done:
+            self.ended.set()
 
     def wait(self) -> list[OutputDelta]:
-        assert self.done.wait(20)
+        assert self.ended.wait(20)
         return self.deltas
 
     @property
@@ -83,6 +86,7 @@ class House:
         seqs: int = 16,
         tokens: int = 32,
         queue: int = 64,
+        policy: Literal["fcfs", "priority"] = "fcfs",
     ) -> Engine:
         pool = BlockPool(BLOCK)
         pool.add_extent(1, blocks)
@@ -93,7 +97,7 @@ class House:
             pool,
             defaults or GenerationDefaults(),
             EngineConfig(
-                SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_queue=queue),
+                SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_queue=queue, policy=policy),
                 tokens,
                 tokens,
                 max_context,
@@ -539,6 +543,83 @@ def test_a_sink_may_submit_abort_and_close(house: House) -> None:
     assert third.wait()[-1].finish_reason == "abort"
 
 
+def test_a_request_that_takes_too_long_ends_with_what_it_has(house: House) -> None:
+    gate = Gate()
+    engine = house.build(before_step=gate.before_step, seqs=1)
+    running, waiting, other = Collector(), Collector(), Collector()
+    engine.submit([1, 2, 3], replace(GREEDY, max_tokens=100), running, timeout_s=0.2)
+    engine.submit([1, 2, 3], GREEDY, waiting, timeout_s=0.1)
+    engine.submit([1, 2, 3], GREEDY, other, timeout_s=60)
+    gate.wait_for_step()
+    gate.let_through()
+    gate.wait_for_step()
+    assert running.first.wait(20)
+    time.sleep(0.25)
+    gate.open()
+    last = running.wait()[-1]
+    assert (last.finish_reason, last.done, last.error) == ("timeout", True, None)
+    assert running.tokens == expected_tokens([1, 2, 3], GREEDY)[: len(running.tokens)] != []
+    assert [(d.finish_reason, d.token_ids) for d in waiting.wait()] == [("timeout", ())]
+    assert waiting.deltas[-1].times is not None and waiting.deltas[-1].times.scheduled is None
+    assert other.wait()[-1].finish_reason == "length"
+    assert engine.stats().finished == {"timeout": 2, "length": 1}
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_request_come_in_one_stream_of_deltas(house: House) -> None:
+    engine = house.build(blocks=20, tokens=8)
+    sink = Collector()
+    params = replace(GREEDY, temperature=1.0, seed=3, n=4)
+    request_id = engine.submit([1, 2, 3, 4, 5], params, sink)
+    assert sink.ended.wait(20)
+    assert {delta.request_id for delta in sink.deltas} == {request_id}
+    assert [delta.done for delta in sink.deltas] == [False] * (len(sink.deltas) - 1) + [True]
+    for index in range(4):
+        mine = [delta for delta in sink.deltas if delta.index == index]
+        assert [t for d in mine for t in d.token_ids] == expected_tokens([1, 2, 3, 4, 5], params, 3, index)
+        assert [d.finish_reason for d in mine] == [None] * 11 + ["length"]
+    assert engine.stats().finished == {"length": 4}
+
+
+def test_aborting_ends_the_samples_that_are_left(house: House) -> None:
+    eos, word = TOKENIZER.spec.eos_token_ids[0], TOKENIZER.encode("The")[0]
+    gate = Gate()
+    engine = house.build(
+        model=lambda history, draw: eos if draw.sample == 1 else word,
+        before_step=gate.before_step,
+        defaults=GenerationDefaults(stop_token_ids=(eos,)),
+    )
+    sink = Collector()
+    request_id = engine.submit([1, 2], replace(GREEDY, n=3), sink)
+    gate.wait_for_step()
+    gate.let_through()
+    gate.wait_for_step()
+    assert engine.abort(request_id)
+    assert not engine.abort(request_id)
+    gate.open()
+    assert sink.ended.wait(20)
+    ends = {d.index: (d.finish_reason, d.done) for d in sink.deltas if d.finish_reason}
+    assert ends == {1: ("stop", False), 0: ("abort", False), 2: ("abort", True)}
+
+
+async def test_samples_that_wait_for_a_slow_reader_are_merged_apart(house: House) -> None:
+    gate = Gate()
+    ended = threading.Event()
+    engine = house.build(before_step=gate.before_step, on_step=lambda report: report.num_running or ended.set())
+    params = replace(GREEDY, temperature=1.0, seed=3, n=2)
+    gate.open()
+    async with aclosing(engine.stream([1, 2, 3], params)) as stream:
+        deltas = [await anext(stream)]
+        assert await asyncio.to_thread(ended.wait, 20)
+        deltas += [delta async for delta in stream]
+    for index in range(2):
+        tokens = [t for d in deltas if d.index == index for t in d.token_ids]
+        assert tokens == expected_tokens([1, 2, 3], params, 3, index)
+    assert [d.done for d in deltas] == [False] * (len(deltas) - 1) + [True]
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -552,7 +633,18 @@ def test_refusals(house: House) -> None:
         ([1] * 100, GREEDY, "100 tokens and leaves no room.*context is 100"),
         ([1] * 20, replace(GREEDY, max_tokens=30), "need 13 KV blocks of 4 tokens, there are 10.*at most 21"),
         ([1] * 50, GREEDY, "shorten the prompt by 10 tokens"),
+        ([1], replace(GREEDY, n=3), "3 samples of one request; at most 2"),
     ]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"priority": 1}, "priority must be 0.*scheduler.policy is fcfs"),
+        ({"priority": "high"}, "priority must be an integer"),
+        ({"timeout_s": 0}, "timeout_s must be seconds above 0, got 0"),
+        ({"timeout_s": "x"}, "timeout_s must be seconds above 0, got 'x'"),
+        ({"timeout_s": float("nan")}, "timeout_s must be seconds above 0"),
+    ]
+    for terms, message in wrong:
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.submit([1], GREEDY, Collector(), **terms)
     for prompt, params, message in cases:
         with pytest.raises(InvalidRequestError, match=message):
             engine.submit(prompt, params, Collector())
@@ -594,6 +686,84 @@ def test_reports_keep_a_ledger_true(house: House) -> None:
     assert len(steps) == engine.stats().steps
     assert sum(report.stats.num_tokens for report in steps if report.stats) == engine.stats().total.num_tokens
     assert engine.stats().total.bytes_streamed == 1000 * len(steps)
+
+
+def test_reports_say_how_long_what_took(house: House) -> None:
+    reports: list[StepReport] = []
+    gate = Gate()
+    engine = house.build(on_step=reports.append, seqs=2, before_step=gate.before_step)
+    seen: list[int] = []
+    engine.observe(lambda report: seen.append(report.step))
+    sink, aborted = Collector(), Collector()
+    before = time.monotonic()
+    engine.submit([1, 2, 3], replace(GREEDY, n=2, temperature=1.0), sink)
+    request_id = engine.submit([1], GREEDY, aborted)
+    gate.wait_for_step()
+    assert engine.abort(request_id)
+    gate.open()
+    sink.wait()
+    engine.close()
+    after = time.monotonic()
+    assert seen == [report.step for report in reports]
+    finished = [each for report in reports for each in report.finished]
+    assert sorted((f.index, f.finish_reason, f.completion_tokens, f.n) for f in finished) == [
+        (0, "abort", 0, 1),
+        (0, "length", 12, 2),
+        (1, "length", 12, 2),
+    ]
+    first = [seconds for report in reports for seconds in report.first_tokens]
+    assert len(first) == 2
+    assert len([gap for report in reports for gap in report.token_gaps]) == 22
+    times = sink.deltas[-1].times
+    assert times is not None and times.scheduled is not None and times.first_token is not None
+    assert times.last_token is not None and times.decode_s is not None and times.prefill_s is not None
+    assert before <= times.arrived <= times.scheduled <= times.first_token <= times.last_token <= times.ended <= after
+    assert times.time_to_first_token_s == first[0]
+    assert times.total_s == pytest.approx(times.queue_s + times.prefill_s + times.decode_s, abs=0.1)
+    left = aborted.deltas[-1].times
+    assert left is not None and left.time_to_first_token_s is None and left.queue_s == left.total_s
+    loop = engine.stats().loop
+    assert loop.execute_s == pytest.approx(sum(report.times.execute_s for report in reports))
+    assert loop.schedule_s > 0 and loop.process_s > 0
+
+
+def test_why_a_text_ended(house: House) -> None:
+    eos, word = TOKENIZER.spec.eos_token_ids[0], TOKENIZER.encode("The")[0]
+    engine = house.build(
+        model=lambda history, draw: (word, word, 7, eos)[min(draw.position, 3)],
+        defaults=GenerationDefaults(stop_token_ids=(eos,)),
+    )
+    cases: list[tuple[dict[str, Any], object, int]] = [
+        ({}, None, 4),
+        ({"stop_token_ids": (7,)}, 7, 3),
+        ({"stop": ("he", "zz")}, "he", 1),
+    ]
+    for given, reason, count in cases:
+        [output] = engine.generate([[1]], replace(GREEDY, **given))
+        assert (output.finish_reason, output.stop_reason, output.completion_tokens) == ("stop", reason, count)
+    [output] = engine.generate([[1]], replace(GREEDY, max_tokens=2))
+    assert (output.finish_reason, output.stop_reason) == ("length", None)
+
+
+def test_priorities(house: House) -> None:
+    gate = Gate()
+    engine = house.build(seqs=1, policy="priority", before_step=gate.before_step)
+    order: list[str] = []
+    sinks = {name: Collector() for name in ("running", "later", "sooner")}
+
+    def note(name: str, delta: OutputDelta) -> None:
+        sinks[name](delta)
+        if delta.done:
+            order.append(name)
+
+    for name, priority in (("running", 9), ("later", 3), ("sooner", -3)):
+        engine.submit([1, 2], GREEDY, partial(note, name), priority=priority)
+        if name == "running":
+            gate.wait_for_step()
+    gate.open()
+    for sink in sinks.values():
+        sink.wait()
+    assert order == ["running", "sooner", "later"]
 
 
 def test_blocks_that_come_back_without_a_step_are_reported(house: House) -> None:

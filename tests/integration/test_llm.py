@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from raytier.errors import (
     CheckpointError,
     ConfigurationError,
     EngineDeadError,
+    GenerationError,
     InvalidRequestError,
     ModelLoadingError,
     ResourceNotAvailableError,
@@ -115,6 +117,7 @@ def test_a_quarter_on_the_device_and_the_rest_in_the_host_pool(
         eventually(lambda: not is_alive(status.host.pid))
         with pytest.raises(EngineDeadError, match="host:0 is gone"):
             llm.status()
+        check_sampling(llm)
         before = llm.stats().generated_tokens
         with ThreadPoolExecutor() as pool:
             batch = pool.submit(llm.generate, PROMPTS, temperature=0, ignore_eos=True, max_tokens=60)
@@ -122,6 +125,24 @@ def test_a_quarter_on_the_device_and_the_rest_in_the_host_pool(
             os.kill(status.device.pid, signal.SIGKILL)
             with pytest.raises(EngineDeadError, match="DeviceActor died"):
                 batch.result()
+
+
+def check_sampling(llm: LLM) -> None:
+    """What only travels when it is asked for: samples, logprobs, grammars and their errors."""
+    params: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "repetition_penalty": 1.2}
+    results = llm.generate(PROMPTS[:2], n=2, logprobs=1, prompt_logprobs=0, ignore_eos=True, **params)
+    assert [result.index for result in results] == [0, 1, 0, 1]
+    for result, prompt in zip(results[::2], PROMPTS, strict=False):
+        assert result.prompt_logprobs is not None
+        assert [entry and entry.token_id for entry in result.prompt_logprobs] == [None, *prompt[1:]]
+        assert [entry.token_id for entry in result.logprobs] == list(result.token_ids)
+        assert all(entry.top[0][1] >= entry.logprob for entry in result.logprobs)
+    for result in llm.generate(PROMPTS, structured_outputs={"regex": "[a-f]{2}"}, n=2, **params):
+        assert re.fullmatch("[a-f]{2}", result.text) and result.finish_reason == "stop"
+    with pytest.raises(InvalidRequestError, match="unclosed group"):
+        llm.generate(PROMPTS, structured_outputs={"regex": "a("})
+    with pytest.raises(GenerationError, match="leave no token"):
+        llm.generate(PROMPTS, allowed_token_ids=[5], structured_outputs={"choice": ["zz"]})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -83,3 +85,13 @@ def test_buckets_are_cumulative_and_bounds_belong_to_them() -> None:
         ("raytier:x_count", None): 5,
         ("raytier:x_sum", None): 14.0,
     }
+
+
+async def test_the_dashboard_shows_what_there_is(http: httpx.AsyncClient) -> None:
+    """Every metric that the dashboard asks for is one of ours."""
+    text = (Path(__file__).parents[2] / "dashboards/grafana.json").read_text()
+    asked = set(re.findall(r"raytier:(\w+)", text))
+    assert len(asked) > 15
+    families = text_string_to_metric_families((await http.get("/metrics")).text)
+    known = {sample.name.removeprefix("raytier:") for family in families for sample in family.samples}
+    assert asked - known - {"request_success_total"} == set(), "of a family without samples there is no name yet"
