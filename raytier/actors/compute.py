@@ -4,8 +4,9 @@ Steps do not come as Ray calls: on two busy cores a call there and back takes 2.
 over a Unix socket a tenth of that. Ray places the processes, supervises them and carries everything rare.
 
 Wire format, both ways: a message of `multiprocessing.connection` (length, then bytes) that holds one pickle: a
-`StepBatch` there, a `StepResult` or the exception that the step raised back. The socket lies in Linux's abstract
-namespace, so that nothing is left of it when its process is killed, and takes connections of the same user only.
+`StepBatch` there, a `StepResult` or the exception that the step raised back. The first message of a connection is the
+device's key, which Ray alone gives out: nothing is unpickled of who does not know it. The socket lies in Linux's
+abstract namespace, so that nothing is left of it when its process is killed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
@@ -31,25 +33,36 @@ from raytier.engine.step import StepBatch, StepResult
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-#: What `SO_PEERCRED` yields: pid, uid, gid.
-_CREDENTIALS = struct.Struct("iII")
+#: Within it a message that has begun has to come, and an answer to be taken.
+_MESSAGE_S = 30
+_TIMEVAL = struct.Struct("ll")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where engines of this machine connect to a device, and the key that opens it."""
+
+    name: str
+    key: bytes = field(repr=False)
 
 
 class ComputeThread:
     """Runs functions and steps in one thread, in the order in which they come.
 
+    What ends the thread ends the process: an engine would wait for ever.
+
     Args:
         step: runs a step. What it raises goes to the engine that sent the step.
 
     Attributes:
-        address: where engines connect (`connect`), on this machine.
+        address: what a `StepConnection` takes.
     """
 
     def __init__(self, step: Callable[[StepBatch], StepResult]) -> None:
         self._step = step
-        self.address = f"raytier-{os.getpid()}-{secrets.token_hex(8)}"
+        self.address = Address(f"raytier-{os.getpid()}-{secrets.token_hex(8)}", secrets.token_bytes(32))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind("\0" + self.address)
+        self._listener.bind("\0" + self.address.name)
         self._listener.listen()
         self._listener.setblocking(False)
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -67,9 +80,13 @@ class ComputeThread:
         return answer.result()
 
     def _run(self) -> None:
-        while True:
-            for key, _ in self._selector.select():
-                key.data()
+        try:
+            while True:
+                for key, _ in self._selector.select():
+                    key.data()
+        except BaseException:
+            logger.exception("the thread that computes has ended, and its process with it")
+            os._exit(1)
 
     def _run_calls(self) -> None:
         os.eventfd_read(self._wake)
@@ -81,15 +98,27 @@ class ComputeThread:
             run()
 
     def _accept(self) -> None:
-        peer, _ = self._listener.accept()
-        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(credentials)
-        if uid != os.geteuid():  # what it sends would be unpickled
-            logger.warning("process %d of user %d was refused", pid, uid)
-            peer.close()
+        try:
+            peer, _ = self._listener.accept()
+        except OSError as error:
+            logger.warning("no connection could be accepted: %s", error)
             return
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            peer.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(_MESSAGE_S, 0))
         connection = Connection(peer.detach())
-        self._selector.register(connection, selectors.EVENT_READ, partial(self._serve, connection))
+        self._selector.register(connection, selectors.EVENT_READ, partial(self._admit, connection))
+
+    def _admit(self, connection: Connection) -> None:
+        """Take the key of who has connected."""
+        try:
+            key = connection.recv_bytes(len(self.address.key))
+        except (EOFError, OSError):
+            key = b""
+        if secrets.compare_digest(key, self.address.key):
+            self._selector.modify(connection, selectors.EVENT_READ, partial(self._serve, connection))
+        else:
+            logger.warning("a connection without the key was refused")
+            self._drop(connection)
 
     def _serve(self, connection: Connection) -> None:
         """Run the step that has come; the end of the connection when its engine has ended."""
@@ -98,7 +127,7 @@ class ComputeThread:
         except (EOFError, OSError):
             self._drop(connection)
             return
-        answer = _answer(self._step, pickle.loads(message))  # noqa: S301 - of the same user
+        answer = _answer(self._step, message)
         try:
             connection.send_bytes(answer)
         except OSError:
@@ -112,7 +141,7 @@ class ComputeThread:
 class StepConnection:
     """An engine's end: sends steps to a device's `ComputeThread`. For one thread at a time."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: Address) -> None:
         """Connect to a device of this machine.
 
         Raises:
@@ -120,13 +149,14 @@ class StepConnection:
         """
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            peer.connect("\0" + address)
+            peer.connect("\0" + address.name)
         except OSError as error:
             peer.close()
             if error.errno == errno.ECONNREFUSED:
-                raise ConnectionError(f"no device listens at {address} on this machine") from None
+                raise ConnectionError(f"no device listens at {address.name} on this machine") from None
             raise
         self._connection = Connection(peer.detach())
+        self._connection.send_bytes(address.key)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Run one step and wait for its end.
@@ -159,15 +189,16 @@ def _settle(answer: Future[Any], function: Callable[[], Any]) -> None:
         answer.set_result(result)
 
 
-def _answer(step: Callable[[StepBatch], StepResult], batch: StepBatch) -> bytes:
-    """The pickled result of a step, or the exception that it raised, with its traceback in words."""
+def _answer(step: Callable[[StepBatch], StepResult], message: bytes) -> bytes:
+    """The pickled result of the step in `message`, or the exception that it raised."""
     try:
-        return pickle.dumps(step(batch), pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        logger.exception("step %d of %s failed", batch.step, batch.model_id)
+        return pickle.dumps(step(pickle.loads(message)), pickle.HIGHEST_PROTOCOL)  # noqa: S301 - of who has the key
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        logger.exception("a step failed")
         try:
             answer = pickle.dumps(error, pickle.HIGHEST_PROTOCOL)
-            pickle.loads(answer)  # noqa: S301 - some exceptions cannot be made from what they pickle
-        except Exception:
+            if not isinstance(pickle.loads(answer), Exception):  # noqa: S301 - our own
+                raise TypeError("no exception that an engine could raise")
+        except Exception:  # some cannot be pickled, or made from what they pickle
             return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"), pickle.HIGHEST_PROTOCOL)
         return answer

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from raytier.actors.compute import ComputeThread
+from raytier.actors.compute import Address, ComputeThread
 from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
 from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import InvalidRequestError
@@ -248,7 +248,7 @@ class DeviceActor:
         _trim()
 
     @ray.method(concurrency_group="control")
-    def address(self) -> str:
+    def address(self) -> Address:
         """Where an engine of this machine sends its steps (`StepConnection`)."""
         return self._compute.address
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -11,11 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from raytier.actors.compute import ComputeThread, StepConnection
+from raytier.actors.compute import Address, ComputeThread, StepConnection
 from raytier.engine.step import SequenceChunk, StepBatch, StepResult, StepStats
 from raytier.errors import TierError
 
@@ -35,9 +38,15 @@ class Device:
         assert self.go.wait(10)
         if batch.step == 13:
             raise TierError("the disk is gone")
+        if batch.step == 15:
+            raise Panic("rust")
         if batch.step == 14:
             raise Unpicklable(1, 2)
         return StepResult(batch.step, {c.seq_id: sum(c.token_ids) for c in batch.chunks}, StepStats(num_tokens=7))
+
+
+class Panic(BaseException):
+    pass
 
 
 class Unpicklable(Exception):
@@ -128,12 +137,13 @@ def test_an_engine_that_goes_in_the_middle_of_a_step_or_a_message_harms_nobody(
 
 def test_the_end_of_the_device_ends_a_step() -> None:
     code = (
-        "import sys, time; from raytier.actors.compute import ComputeThread\n"
-        "compute = ComputeThread(lambda batch: time.sleep(60)); print(compute.address, flush=True); time.sleep(60)\n"
+        "import pickle, time; from raytier.actors.compute import ComputeThread\n"
+        "compute = ComputeThread(lambda batch: time.sleep(60))\n"
+        "print(pickle.dumps(compute.address).hex(), flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        address = process.stdout.readline().strip()
+        address: Address = pickle.loads(bytes.fromhex(process.stdout.readline()))  # noqa: S301
         connection = StepConnection(address)
         with ThreadPoolExecutor() as pool:
             step = pool.submit(connection.step, batch_of(1))
@@ -141,22 +151,43 @@ def test_the_end_of_the_device_ends_a_step() -> None:
             with pytest.raises(ConnectionError):
                 step.result(10)
         connection.close()
-    with pytest.raises(ConnectionError, match=f"no device listens at {address} on this machine"):
+    with pytest.raises(ConnectionError, match=f"no device listens at {address.name} on this machine"):
         StepConnection(address)
-    assert address not in Path("/proc/net/unix").read_text(), "a killed process leaves nothing"
+    assert address.name not in Path("/proc/net/unix").read_text(), "a killed process leaves nothing"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="to be another user takes root")
-def test_another_user_is_refused(compute: ComputeThread, caplog: pytest.LogCaptureFixture) -> None:
-    code = (
-        "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX)\n"
-        "s.connect('\\0' + sys.argv[1])\n"
-        "try: print(s.recv(1))\n"
-        "except ConnectionError: print(b'')\n"
-    )
+def test_nothing_is_unpickled_of_who_does_not_know_the_key(
+    compute: ComputeThread, connection: StepConnection, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "exploded",)
+
     with caplog.at_level(logging.WARNING):
-        ended = subprocess.run(
-            [sys.executable, "-I", "-c", code, compute.address], capture_output=True, text=True, timeout=30, check=True
-        )
-    assert ended.stdout == "b''\n"
-    assert "of user 65534 was refused" in caplog.text
+        for key in (b"", b"guess", bytes(32), bytes(100)):
+            stranger = StepConnection(Address(compute.address.name, key))
+            with suppress(OSError):
+                stranger._connection.send_bytes(pickle.dumps(Bomb()))
+            with pytest.raises((EOFError, OSError)):
+                stranger._connection.recv_bytes()
+            stranger.close()
+    assert caplog.text.count("without the key was refused") == 4
+    assert not (tmp_path / "exploded").exists()
+    assert connection.step(batch_of(1, 4)).tokens == {5: 4}
+    assert repr(compute.address.key) not in repr(compute.address)
+
+
+def test_a_panic_reaches_the_engine_and_the_thread_goes_on(device: Device, connection: StepConnection) -> None:
+    with pytest.raises(RuntimeError, match="Panic: rust"):
+        connection.step(batch_of(15))
+    assert connection.step(batch_of(1, 4)).tokens == {5: 4}
+
+
+def test_the_end_of_the_thread_ends_the_process() -> None:
+    code = (
+        "import sys, time; from raytier.actors.compute import ComputeThread\n"
+        "compute = ComputeThread(lambda batch: None); compute._selector.close()\n"
+        "compute._calls.put(None)\nimport os; os.eventfd_write(compute._wake, 1); time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1 and "its process with it" in ended.stderr
