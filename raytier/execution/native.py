@@ -34,7 +34,7 @@ def why_none() -> str | None:
     """What a user can do to have kernels here; None where they are there, or of no use."""
     if "avx512_bf16" in _cpu_flags() and _compiler() is None:
         return (
-            "there is no C compiler, so torch's own kernels compute in bf16: a decode step takes up to 1.7x as long; "
+            "there is no C compiler, so torch's own kernels compute in bf16: a decode step takes 1.4 to 1.6x as long; "
             "apt-get install gcc libc6-dev"
         )
     return None
