@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -200,6 +201,10 @@ class Compute(_Section):
         return cpus if self.threads == "auto" else self.threads
 
 
+#: A key that is written here by mistake is hardly ever such a name.
+_Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 class KeySource(_Section):
     """Where keys are, several divided by white space: in a file, or in a variable of the replica's environment.
 
@@ -207,7 +212,7 @@ class KeySource(_Section):
     """
 
     file: str | None = None
-    env: str
+    env: _Variable
 
     @field_validator("file")
     @classmethod
@@ -218,15 +223,15 @@ class KeySource(_Section):
 
 
 class ApiKey(KeySource):
-    env: str = "RAYTIER_API_KEY"
+    env: _Variable = "RAYTIER_API_KEY"
 
 
 class AdminKey(KeySource):
-    env: str = "RAYTIER_ADMIN_KEY"
+    env: _Variable = "RAYTIER_ADMIN_KEY"
 
 
 class UpstreamKey(KeySource):
-    env: str = "RAYTIER_UPSTREAM_KEY"
+    env: _Variable = "RAYTIER_UPSTREAM_KEY"
 
 
 class Upstream(_Section):
@@ -243,16 +248,25 @@ class Upstream(_Section):
     @field_validator("base_url")
     @classmethod
     def _http(cls, value: str | None) -> str | None:
-        if value is None or value.startswith(("http://", "https://")):
-            return value and value.rstrip("/")
-        raise ValueError("must begin with http:// or https://")
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        url = urlsplit(value)
+        if url.username is not None or url.password is not None:
+            # It stands in messages to clients and in the log.
+            raise ValueError("must hold no user and no password; the upstream's key goes into upstream.key")
+        if not url.hostname or url.query or url.fragment:
+            raise ValueError("must name a host, and end with a path (/v1)")
+        return value.rstrip("/")
 
 
 class ApiSection(_Section):
     """The HTTP front. `key`: of those who may call; `admin_key`: of those who may load, unload and move models.
 
     `max_body_mb`: largest request; a prompt of a million tokens as JSON integers is about 7 MB.
-    `request_timeout_s`: longest life of a request, its time in the queue included; null = no limit.
+    `request_timeout_s`: longest life of a request in the engine, its time in the queue included; the wait for a model
+    that is being loaded, and the preparation of the prompt, come before. null = no limit.
     """
 
     key: ApiKey = ApiKey()
@@ -310,15 +324,17 @@ def parse_config(args: Mapping[str, Any]) -> AppConfig:
 
 
 def _explain(error: ValidationError) -> str:
+    """The problems, with values where none can be a key: not under `api`, nor of what is unknown."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "configuration"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{field}: unknown key (value {item['input']!r}); {_known(item['loc'])}")
+            lines.append(f"{field}: unknown key; {_known(item['loc'])}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required, not given")
         else:
-            shown = "" if isinstance(item["input"], Mapping) else f" (value {item['input']!r})"
+            hidden = item["loc"][:1] == ("api",) or isinstance(item["input"], Mapping)
+            shown = "" if hidden else f" (value {item['input']!r})"
             lines.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{shown}")
     return "Configuration is not valid:\n  " + "\n  ".join(lines)
 

@@ -109,7 +109,10 @@ def tool_use(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]
             raise InvalidRequestError(
                 f'tools[{index}] must be {{"type": "function", "function": {{"name": ...}}}}', param="tools"
             )
-        schemas[function["name"]] = function.get("parameters") or _NOTHING
+        parameters = function.get("parameters") or _NOTHING
+        if not isinstance(parameters, Mapping):
+            raise InvalidRequestError(f"tools[{index}].function.parameters must be a JSON schema", param="tools")
+        schemas[function["name"]] = parameters
     if isinstance(choice, Mapping):
         name = (choice.get("function") or {}).get("name")
         if name not in schemas:
@@ -138,7 +141,10 @@ def call_schema(use: ToolUse) -> Mapping[str, Any]:
     shared: dict[str, Any] = {}
     calls = []
     for name, schema in use.tools.items():
-        for key, part in schema.get("$defs", {}).items():
+        definitions = schema.get("$defs", {})
+        if not isinstance(definitions, Mapping):
+            raise InvalidRequestError(f"tools: $defs of {name} must be an object of JSON schemas", param="tools")
+        for key, part in definitions.items():
             if shared.setdefault(key, part) != part:
                 raise InvalidRequestError(
                     f"tools: two of them define $defs.{key} differently; rename one, or choose one tool by its name",

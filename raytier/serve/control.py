@@ -65,6 +65,7 @@ class ModelControl:
         self._max_waiting = max_waiting
         self._waiting = 0
         self._engine: Engine | None = None
+        self._gone: list[Callable[[], None]] = []
         self._loading: asyncio.Task[Engine] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._unloading: asyncio.Task[None] | None = None
@@ -80,6 +81,15 @@ class ModelControl:
     def running(self) -> Engine | None:
         """The engine that takes requests now, if there is one."""
         return self._engine
+
+    def when_gone(self, call: Callable[[], None]) -> None:
+        """Have `call` called whenever the engine takes no more requests: whoever holds it lets go of it then."""
+        self._gone.append(call)
+
+    def _let_go(self) -> None:
+        self._engine = None
+        for call in self._gone:
+            call()
 
     def resolve(self, name: str | None) -> str:
         """Id of the model that `name` (an id, a path, or None for the only one) means.
@@ -152,7 +162,8 @@ class ModelControl:
                     if self.state == "no_model_loaded"
                     else f"{model_id} is being loaded; unload it when GET /api/models/status says that it is loaded"
                 )
-            self.state, self._engine = "unloading", None
+            self.state = "unloading"
+            self._let_go()
             self._cancel.clear()
             self._unloading = asyncio.ensure_future(self._unload(model_id))
             self._unloading.add_done_callback(_look_at)
@@ -194,7 +205,7 @@ class ModelControl:
         except Exception as error:
             if self._engine is not engine:  # it was unloaded meanwhile
                 return
-            self._engine = None
+            self._let_go()
             self._failed(model_id, error)
             at_once = threading.Event()
             at_once.set()

@@ -11,7 +11,7 @@ from typing import Any
 from raytier.engine.outputs import OutputDelta
 from raytier.serve.chat import ChatInput, prepare_chat
 from raytier.serve.completion import TextInput, prepare_text
-from raytier.serve.generate import FinishReason, Generation, Output, Prompt, parts_of
+from raytier.serve.generate import FinishReason, Generation, Output, Prompt, finish_reason, parts_of
 from raytier.serve.parsers.answer import Message
 from raytier.serve.parsers.parts import Part
 from raytier.serve.served import ServedModel
@@ -86,12 +86,18 @@ async def generate(model: ServedModel, prompt: str | Sequence[int], **sampling: 
 async def generate_stream(
     model: ServedModel, prompt: str | Sequence[int], **sampling: Any
 ) -> AsyncGenerator[OutputDelta, None]:
-    """The same, delta by delta. Closing the generator aborts."""
+    """The same, delta by delta. Closing the generator aborts.
+
+    Raises:
+        RequestTimeoutError, EngineDeadError: instead of the last delta of a sample that has not come to its end.
+    """
     generation = await Generation.start(
         model, [await asyncio.to_thread(prepare_text, model, TextInput(prompt, sampling))]
     )
     try:
         async for _, delta in generation:
+            if delta.finish_reason is not None:
+                finish_reason(delta)
             yield delta
     finally:
         await generation.aclose()
@@ -105,12 +111,14 @@ async def chat(model: ServedModel, messages: Sequence[Mapping[str, Any]], **opti
 async def chat_stream(
     model: ServedModel, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> AsyncGenerator[ChatDelta, None]:
-    """The same, delta by delta. Closing the generator aborts."""
+    """The same, delta by delta; raises as `generate_stream`. Closing the generator aborts."""
     prompt = await asyncio.to_thread(prepare_chat, model, _chat_input(messages, options))
     parsers = [prompt.new_parser() for _ in range(prompt.params.n)]
     generation = await Generation.start(model, [prompt])
     try:
         async for choice, delta in generation:
+            if delta.finish_reason is not None:
+                finish_reason(delta)
             yield ChatDelta(choice, delta.text, parts_of(parsers[choice], delta), delta)
     finally:
         await generation.aclose()
@@ -134,9 +142,10 @@ async def _whole(model: ServedModel, prompt: Prompt) -> GenerateResult:
     finally:
         await generation.aclose()
     tally = generation.tally
+    messages = await asyncio.to_thread(lambda: [Message.of(output.text, prompt.new_parser()) for output in outputs])
     return GenerateResult(
         outputs=tuple(outputs),
-        messages=tuple(Message.of(output.text, prompt.new_parser()) for output in outputs),
+        messages=tuple(messages),
         prompt_tokens=tally.prompt_tokens,
         cached_tokens=tally.cached_tokens,
         completion_tokens=tally.completion_tokens,

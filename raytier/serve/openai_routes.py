@@ -133,7 +133,8 @@ async def _answer(request: Request, body: GenerationRequest, generation: Generat
     finally:
         # Ray Serve cancels this task when the client goes away.
         await generation.aclose()
-    return JSONBytes(writer.whole(outputs).json_bytes())
+    # Parsers read every character: of a long answer, and of many choices, too long for the event loop.
+    return JSONBytes(await asyncio.to_thread(lambda: writer.whole(outputs).json_bytes()))
 
 
 def _card(model_id: str, created: int) -> ModelCard:

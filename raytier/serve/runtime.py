@@ -104,6 +104,7 @@ class Runtime:
         self._timeout_s = request_timeout_s
         self._began = time.monotonic()
         self._served: ServedModel | None = None
+        control.when_gone(self._forget)
         self._requests = RequestMetrics(control.entry.model_id)
 
     # Models
@@ -185,10 +186,16 @@ class Runtime:
             ModelNotFoundError, QueueFullError, ConflictError, RaytierError: as `ModelControl.engine`.
         """
         engine = await self._control.engine(model)
-        if self._served is None or self._served.engine is not engine:
-            self._served = ServedModel(engine, self._control.entry, self._timeout_s)
+        served = self._served
+        if served is None or served.engine is not engine:
+            served = ServedModel(engine, self._control.entry, self._timeout_s)
             engine.observe(self._requests.take)
-        return self._served
+            # Nothing is kept of one that was unloaded while this waited for its load.
+            self._served = served if self._control.running is engine else None
+        return served
+
+    def _forget(self) -> None:
+        self._served = None
 
     def metrics(self) -> Iterable[Metric]:
         """What /metrics shows: requests since this replica began, and the engine as it is now."""

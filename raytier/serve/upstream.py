@@ -10,7 +10,9 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import suppress
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from starlette.datastructures import Headers
@@ -25,8 +27,24 @@ from raytier.serve.sse import event
 
 logger = logging.getLogger(__name__)
 
-_PASSED_ON = ("accept", "content-type", "openai-beta", "user-agent")
-_PASSED_BACK = ("content-type", "cache-control", "retry-after", "x-accel-buffering")
+#: What is forwarded, word by word: of any other path the upstream's own reading could lead out of its /v1.
+_ROUTES = frozenset(
+    {
+        "/v1/audio/speech",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/images/generations",
+        "/v1/moderations",
+        "/v1/rerank",
+        "/v1/responses",
+        "/v1/score",
+    }
+)
+_MODEL = "/v1/models/"
+_PASSED_ON = frozenset({b"accept", b"content-type", b"openai-beta", b"user-agent"})
+_PASSED_BACK = frozenset({b"content-type", b"cache-control", b"retry-after", b"x-accel-buffering"})
+_QUERY = "!$%&'()*+,/:;=?@"
 #: A list of models must not wait for a server that may be off.
 _LIST_TIMEOUT_S = 2.0
 
@@ -44,8 +62,12 @@ class Upstream:
         keys = read_keys(section.key, "api.upstream.key")
         self._headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         timeout = httpx.Timeout(section.timeout_s, connect=section.connect_timeout_s)
-        # What it answers is for the client to follow, and this machine's proxy settings are not for localhost.
-        self._client = httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(max_connections=None), trust_env=False)
+        # What it answers is for the client to follow, and this machine's proxy settings are not for localhost. A cookie
+        # that one client got would go out with the requests of all others.
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+        self._client = httpx.AsyncClient(
+            timeout=timeout, limits=httpx.Limits(max_connections=None), trust_env=False, cookies=no_cookies
+        )
         self._timeout_s = section.timeout_s
 
     async def models(self) -> list[dict[str, Any]]:
@@ -59,22 +81,32 @@ class Upstream:
             logger.warning("%s does not list its models: %s: %s", self.base_url, type(error).__name__, error)
             return []
 
-    async def forward(self, method: str, path: str, headers: Headers, body: bytes, request_id: str) -> Response:
+    async def forward(
+        self, method: str, path: str, query: bytes, headers: Headers, body: bytes, request_id: str
+    ) -> Response:
         """The answer to a request, its body still to come.
+
+        Args:
+            path: below /v1, percent-encoded, without segments of dots.
+            query: as it came, percent-encoded.
+            headers: the client's, of which some are passed on.
 
         Raises:
             UpstreamError: it cannot be reached. UpstreamTimeoutError: it does not answer.
         """
-        passed = {name: value for name in _PASSED_ON if (value := headers.get(name)) is not None}
-        passed["x-request-id"] = request_id
-        request = self._client.build_request(
-            method, f"{self.base_url}{path}", content=body, headers={**passed, **self._headers}
-        )
+        # As bytes: what a header holds need not be ASCII.
+        passed = [(name, value) for name, value in headers.raw if name in _PASSED_ON]
+        passed += [(b"x-request-id", request_id.encode())]
+        passed += [(name.encode(), value.encode()) for name, value in self._headers.items()]
+        # Of a query the bytes that a URL cannot hold are escaped, the others pass.
+        url = f"{self.base_url}{path}" + (f"?{quote(query, safe=_QUERY)}" if query else "")
+        request = self._client.build_request(method, url, content=body, headers=passed)
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.HTTPError as error:
             raise self._failure(error) from error
-        kept = {name: value for name in _PASSED_BACK if (value := answer.headers.get(name)) is not None}
+        given = ((name.lower(), value) for name, value in answer.headers.raw)
+        kept = {name.decode(): value.decode("latin-1") for name, value in given if name in _PASSED_BACK}
         return _Passed(answer, self._failure, request_id, headers=kept)
 
     def _failure(self, error: httpx.HTTPError) -> UpstreamError:
@@ -134,30 +166,34 @@ class Forwarding:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = route_path(scope) if scope["type"] == "http" else ""
-        if not path.startswith("/v1/"):
-            await self._app(scope, receive, send)
-        elif scope["method"] == "POST":
+        if path in _ROUTES and scope["method"] == "POST":
             await self._post(path, scope, receive, send)
-        elif scope["method"] == "GET" and path.startswith("/v1/models/"):
-            await self._pass(path, path.removeprefix("/v1/models/"), b"", scope, receive, send)
+        elif path.startswith(_MODEL) and scope["method"] == "GET":
+            model = path.removeprefix(_MODEL)
+            # The path is decoded here, and encoded again so that it cannot leave /models/. Segments of dots are no
+            # model's name, and servers may resolve them even when they are encoded: the route here answers 404.
+            known = not {".", ".."} & set(model.replace("\\", "/").split("/"))
+            target = f"/models/{quote(model, safe='')}"
+            await self._pass(target, model if known else None, b"", scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     async def _post(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        body = b""
+        received = bytearray()
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
+            received += message.get("body", b"")
             more = message.get("more_body", False)
+        body = bytes(received)
         model = None
         # What is no JSON is refused by the route itself.
         with suppress(ValueError, RecursionError):
             given = json.loads(body)
             model = given.get("model") if isinstance(given, dict) else None
-        await self._pass(path, model, body, scope, _replayed(body, receive), send)
+        await self._pass(path.removeprefix("/v1"), model, body, scope, _replayed(body, receive), send)
 
     async def _pass(self, path: str, model: object, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(model, str) or model in self._held():
@@ -165,7 +201,7 @@ class Forwarding:
             return
         request_id = str(scope["state"][REQUEST_ID])
         response = await self._upstream.forward(
-            scope["method"], path.removeprefix("/v1"), Headers(scope=scope), body, request_id
+            scope["method"], path, scope.get("query_string", b""), Headers(scope=scope), body, request_id
         )
         await response(scope, receive, send)
 

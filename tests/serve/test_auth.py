@@ -144,3 +144,31 @@ def test_a_key_cannot_stand_in_the_configuration() -> None:
 def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(AccessError("no", missing=True)))  # noqa: S301
     assert (error.http_status, error.missing, error.message) == (401, True, "no")
+
+
+@pytest.mark.parametrize(
+    ("api", "field"),
+    [
+        ({"key": "sk-secret"}, "api.key"),
+        ({"key": {"file": "sk-secret"}}, "api.key.file"),
+        ({"key": {"env": "sk-secret"}}, "api.key.env"),
+        ({"keys": ["sk-secret"]}, "api.keys"),
+        ({"upstream": {"key": ["sk-secret"]}}, "api.upstream.key"),
+        ({"upstream": {"base_url": "http://user:sk-secret@host/v1"}}, "api.upstream.base_url"),
+        ({"upstream": {"base_url": "http://host/v1?key=sk-secret"}}, "api.upstream.base_url"),
+        ("sk-secret", "api"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_refused_and_not_shown(api: Any, field: str) -> None:
+    model = {"model_id": "m", "source_path": "/m"}
+    with pytest.raises(ConfigurationError) as refused:
+        parse_config({"models": [model], "api": api})
+    assert f"\n  {field}: " in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_an_unknown_section_is_not_shown_either() -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        parse_config({"models": [{"model_id": "m", "source_path": "/m"}], "apis": {"key": "sk-secret"}})
+    assert "apis: unknown key; known here: models, " in str(refused.value)
+    assert "secret" not in str(refused.value)

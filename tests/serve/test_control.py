@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -185,3 +187,24 @@ async def test_unloading_goes_on_when_the_caller_goes_away(unloaded: Served) -> 
 async def test_the_model_may_be_meant_by_its_path(unloaded: Served) -> None:
     control: ModelControl = unloaded.control
     assert control.resolve(None) == control.resolve("/models/llama") == control.resolve(MODEL) == MODEL
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nothing_of_an_unloaded_model_is_kept(unloaded: Served, fails: bool) -> None:
+    """E6: vocabulary, templates and grammars are the model's too, and nobody may ask for another one."""
+    unloaded.node.read_gate.clear()
+    unloaded.control.load(None)
+    await generate(await unloaded.model(None), "one two")
+    model = weakref.ref(await unloaded.model(None))
+    engine = weakref.ref(unloaded.only)
+    if fails:
+        unloaded.node.read_error = CheckpointError("a file is gone")
+    unloaded.node.read_gate.set()
+    if not fails:
+        await unloaded.eventually(lambda: unloaded.control.state == "loaded")
+        await unloaded.control.unload(None)
+    await unloaded.eventually(lambda: unloaded.node.model is None)
+    gc.collect()
+    assert model() is None
+    if not fails:
+        assert engine() is None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Protocol, TypeVar
 
 from raytier.engine.detokenizer import StopMatcher
@@ -69,16 +70,13 @@ class Parser(Protocol):
 def joined(parts: Iterable[Part]) -> list[Part]:
     """`parts` with neighbours of one kind as one."""
     whole: list[Part] = []
-    for part in parts:
-        match (whole[-1] if whole else None), part:
-            case Content(first), Content(text):
-                whole[-1] = Content(first + text)
-            case Reasoning(first), Reasoning(text):
-                whole[-1] = Reasoning(first + text)
-            case CallArguments(index, first), CallArguments(same, text) if index == same:
-                whole[-1] = CallArguments(index, first + text)
-            case _:
-                whole.append(part)
+    for _, run in groupby(parts, lambda part: (type(part), getattr(part, "index", None))):
+        first, *rest = run
+        # All pieces at once: one after the other, a long answer would be copied for each of its characters.
+        if rest and not isinstance(first, CallBegun):
+            first = replace(first, text=first.text + "".join(p.text for p in rest if not isinstance(p, CallBegun)))
+            rest = []
+        whole += [first, *rest]
     return whole
 
 

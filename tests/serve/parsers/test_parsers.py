@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
@@ -288,3 +289,25 @@ def test_which_parsers_an_answer_goes_through() -> None:
     assert forced is not None
     assert forced.push('{"a": 1}')[1:] == [CallArguments(0, '{"a": 1}')]
     assert json.loads("".join(p.text for p in forced.push("") if isinstance(p, CallArguments)) or "{}") == {}
+
+
+def test_joining_takes_time_in_proportion_to_the_text() -> None:
+    """A million characters of a whole answer: copied for each of them it would be 500 GB."""
+    began = time.process_time()
+    parts = joined(Content("x") for _ in range(1_000_000))
+    assert time.process_time() - began < 10
+    assert parts == [Content("x" * 1_000_000)]
+
+
+def test_only_what_belongs_together_is_joined() -> None:
+    begun = [CallBegun(0, "a", "add"), CallBegun(1, "b", "add")]
+    arguments = [CallArguments(0, "{"), CallArguments(0, "}"), CallArguments(1, "{"), CallArguments(1, "}")]
+    parts = [Content("a"), Content("b"), Reasoning("c"), Reasoning("d"), Content("e"), *begun, *arguments]
+    assert joined(parts) == [
+        Content("ab"),
+        Reasoning("cd"),
+        Content("e"),
+        *begun,
+        CallArguments(0, "{}"),
+        CallArguments(1, "{}"),
+    ]
