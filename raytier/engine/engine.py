@@ -145,12 +145,11 @@ class Engine:
             EngineDeadError: the engine died or was closed.
         """
         arrived = time.monotonic()
-        tokens = list(prompt_token_ids)
-        check_prompt(tokens, self.config.vocab_size)
+        check_prompt(prompt_token_ids, self.config.vocab_size, self.config.max_context)
         check_terms(priority, timeout_s, self.config.scheduler.policy)
         first = next(self._ids)
         request = build_request(
-            tokens,
+            prompt_token_ids,
             params,
             sink,
             f"{self.model_id}-{self.config.epoch}-{first}",

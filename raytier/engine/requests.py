@@ -12,6 +12,7 @@ from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.engine.detokenizer import Detokenizer
 from raytier.engine.outputs import OutputDelta, RequestTimes, Sink
 from raytier.engine.sampling_params import SamplingParams
+from raytier.engine.scheduler import check_length
 from raytier.engine.sequence import FinishReason, Sequence
 from raytier.engine.step import SequenceSpec, TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ class Request:
 
 
 def build_request(
-    prompt: list[int],
+    prompt: SequenceOf[int],
     params: SamplingParams,
     sink: Sink,
     request_id: str,
@@ -159,14 +160,15 @@ def build_request(
     return Request(request_id, params, tuple(samples), sink, arrived)
 
 
-def check_prompt(tokens: SequenceOf[int], vocab_size: int) -> None:
-    """Refuse what is no prompt.
+def check_prompt(tokens: SequenceOf[int], vocab_size: int, max_context: int) -> None:
+    """Refuse what is no prompt, its length first: what is too long is not even looked at.
 
     Raises:
-        InvalidRequestError: it is empty, or holds something else than ids of the vocabulary.
+        InvalidRequestError: it is empty, longer than the context, or holds something else than ids of the vocabulary.
     """
     if not tokens:
         raise InvalidRequestError("the prompt is empty: at least one token is needed", param="prompt")
+    check_length(len(tokens), len(tokens), max_context)
     if not all(type(token) is int for token in tokens):
         raise InvalidRequestError("the prompt must be a list of integer token ids", param="prompt")
     low, high = min(tokens), max(tokens)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytier.engine.requests import check_prompt
 from raytier.engine.sampling_params import SamplingParams
 from raytier.serve.generate import Prompt
 from raytier.serve.served import ServedModel
@@ -35,8 +36,13 @@ def prepare_text(model: ServedModel, request: TextInput) -> Prompt:
     """
     params = SamplingParams.from_request(model.engine.defaults, **request.sampling)
     model.engine.check(params)  # a new grammar is compiled here, and not on the event loop
-    if isinstance(request.prompt, str):
-        token_ids = model.encode(request.prompt, "prompt", add_special_tokens=request.add_special_tokens)
-        return Prompt(token_ids, params, echo=request.prompt if request.echo else None)
-    echo = "".join(map(model.texts.text_of, request.prompt)) if request.echo else None
-    return Prompt(tuple(request.prompt), params, echo=echo)
+    text = request.prompt if isinstance(request.prompt, str) else None
+    if text is None:
+        token_ids = tuple(request.prompt)
+    else:
+        token_ids = model.encode(text, "prompt", add_special_tokens=request.add_special_tokens)
+    config = model.engine.config
+    check_prompt(token_ids, config.vocab_size, config.max_context)
+    if not request.echo:
+        return Prompt(token_ids, params)
+    return Prompt(token_ids, params, echo="".join(map(model.texts.text_of, token_ids)) if text is None else text)

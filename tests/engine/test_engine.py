@@ -623,6 +623,21 @@ async def test_samples_that_wait_for_a_slow_reader_are_merged_apart(house: House
 # ---- what is refused -----------------------------------------------------------------------------
 
 
+def test_a_prompt_that_is_too_long_is_refused_by_its_length_alone(house: House) -> None:
+    """However long it is, nothing is copied: 128 samples of a prompt of 10 MB would be a gigabyte."""
+
+    class Prompt(Sequence[int]):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("a token was looked at")
+
+    engine = house.build(max_context=100)
+    with pytest.raises(InvalidRequestError, match="1000000000 tokens and leaves no room.*context is 100"):
+        engine.submit(Prompt(), replace(GREEDY, n=128), Collector())
+
+
 def test_refusals(house: House) -> None:
     gate = Gate()
     engine = house.build(blocks=10, max_context=100, seqs=1, queue=2, before_step=gate.before_step)
