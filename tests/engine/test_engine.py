@@ -174,7 +174,7 @@ def test_generate_leaves_nothing_running_when_a_prompt_is_refused(house: House) 
     engine = house.build()
     with pytest.raises(InvalidRequestError):
         engine.generate([[1, 2], []], replace(GREEDY, max_tokens=100))
-    assert engine.stats().aborted == 1
+    assert engine.stats().finished["abort"] == 1
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
@@ -411,7 +411,7 @@ async def test_leaving_a_stream_aborts_its_request(house: House) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert engine.stats().aborted == 2
+    assert engine.stats().finished["abort"] == 2
     await collect(engine, [6], GREEDY)
     assert engine.stats().kv_blocks_used == 0
 
@@ -443,7 +443,7 @@ def test_a_failing_sink_ends_its_own_request_only(house: House) -> None:
     engine.submit([1, 2], replace(GREEDY, max_tokens=30), other)
     assert other.wait()[-1].finish_reason == "length"
     assert engine.dead is None
-    assert engine.stats().aborted == 1
+    assert engine.stats().finished["abort"] == 1
 
 
 @pytest.mark.parametrize("error", [EngineDeadError("the device actor died"), ZeroDivisionError("division by zero")])
