@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
 from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, Sink, StepReport, merge
-from raytier.engine.requests import Request, Sample, build_request, check_prompt, check_terms, specify
+from raytier.engine.requests import CheckedParams, Request, Sample, build_request, check_prompt, check_terms, specify
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.scheduler import Scheduler, SchedulerLimits
 from raytier.engine.sequence import FinishReason
@@ -113,19 +113,19 @@ class Engine:
         with self._changed:
             self._observers = (*self._observers, on_step)
 
-    def check(self, params: SamplingParams) -> None:
-        """Refuse what this model cannot do, as `submit` does. A new grammar may take a second to compile and is then
-        remembered: call this where waiting does no harm before you submit on an event loop.
+    def check(self, params: SamplingParams) -> CheckedParams:
+        """What `params` mean to this model. A new grammar may take a second to compile, and many bad words as long to
+        encode: call this where waiting does no harm, and submit its result on an event loop.
 
         Raises:
             InvalidRequestError: the message says what, and where.
         """
-        specify(params, self.tokenizer, self.defaults, self.config.vocab_size)
+        return specify(params, self.tokenizer, self.defaults, self.config.vocab_size)
 
     def submit(
         self,
         prompt_token_ids: SequenceOf[int],
-        params: SamplingParams,
+        params: SamplingParams | CheckedParams,
         sink: Sink,
         *,
         priority: int = 0,
@@ -135,6 +135,7 @@ class Engine:
         the very last one `done`.
 
         Args:
+            params: as `check` returns them, or to be checked here.
             priority: lower ones go first, where `scheduler.policy` is priority.
             timeout_s: from now on; what is there by then is the output, with finish_reason timeout.
 
@@ -145,21 +146,18 @@ class Engine:
             EngineDeadError: the engine died or was closed.
         """
         arrived = time.monotonic()
-        tokens = list(prompt_token_ids)
-        check_prompt(tokens, self.config.vocab_size)
+        check_prompt(prompt_token_ids, self.config.vocab_size, self.config.max_context)
         check_terms(priority, timeout_s, self.config.scheduler.policy)
         first = next(self._ids)
         request = build_request(
-            tokens,
-            params,
+            prompt_token_ids,
+            params if isinstance(params, CheckedParams) else self.check(params),
             sink,
             f"{self.model_id}-{self.config.epoch}-{first}",
             itertools.chain([first], self._ids),
             arrived=arrived,
             priority=priority,
             tokenizer=self.tokenizer,
-            defaults=self.defaults,
-            vocab_size=self.config.vocab_size,
             max_context=self.config.max_context,
         )
         with self._changed:
@@ -191,7 +189,7 @@ class Engine:
     async def stream(
         self,
         prompt_token_ids: SequenceOf[int],
-        params: SamplingParams,
+        params: SamplingParams | CheckedParams,
         *,
         priority: int = 0,
         timeout_s: float | None = None,
@@ -231,11 +229,14 @@ class Engine:
             InvalidRequestError: a prompt is refused (none of them is left running then).
             EngineDeadError: the engine died. GenerationError: no token is left to draw.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if isinstance(params, SamplingParams):
+            each = [self.check(params)] * len(prompts)
+        else:
+            each = [self.check(one) for one in params]
         if len(each) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts but {len(each)} sampling params", param="params")
         arrived: SimpleQueue[tuple[int, OutputDelta]] = SimpleQueue()
-        outputs: list[list[list[OutputDelta]]] = [[[] for _ in range(one.n)] for one in each]
+        outputs: list[list[list[OutputDelta]]] = [[[] for _ in range(one.params.n)] for one in each]
         request_ids: list[str] = []
         running = 0
         try:

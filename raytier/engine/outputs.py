@@ -193,10 +193,6 @@ class EngineStats:
     loop: LoopTimes
     dead: str | None
 
-    @property
-    def aborted(self) -> int:
-        return self.finished.get("abort", 0)
-
 
 Sums = TypeVar("Sums", StepStats, LoopTimes)
 

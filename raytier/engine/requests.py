@@ -12,6 +12,7 @@ from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.engine.detokenizer import Detokenizer
 from raytier.engine.outputs import OutputDelta, RequestTimes, Sink
 from raytier.engine.sampling_params import SamplingParams
+from raytier.engine.scheduler import check_length
 from raytier.engine.sequence import FinishReason, Sequence
 from raytier.engine.step import SequenceSpec, TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
@@ -110,9 +111,22 @@ class Request:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedParams:
+    """Sampling parameters that a model can follow, as its sequences take them: texts encoded, grammars compiled.
+
+    Attributes:
+        stop_ids: generated tokens that end a sequence.
+    """
+
+    params: SamplingParams
+    spec: SequenceSpec
+    stop_ids: frozenset[int]
+
+
 def build_request(
-    prompt: list[int],
-    params: SamplingParams,
+    prompt: SequenceOf[int],
+    checked: CheckedParams,
     sink: Sink,
     request_id: str,
     seq_ids: Iterable[int],
@@ -120,16 +134,10 @@ def build_request(
     arrived: float,
     priority: int,
     tokenizer: Tokenizer,
-    defaults: GenerationDefaults,
-    vocab_size: int,
     max_context: int,
 ) -> Request:
-    """A request whose samples wait to be scheduled; `seq_ids` yields an id for each.
-
-    Raises:
-        InvalidRequestError: see `specify`.
-    """
-    spec, stop_ids = specify(params, tokenizer, defaults, vocab_size)
+    """A request whose samples wait to be scheduled; `seq_ids` yields an id for each."""
+    params, spec = checked.params, checked.spec
     seed = secrets.randbits(63) if params.seed is None else params.seed
     # Room for one token at least, so that the scheduler refuses a prompt that fills the context.
     context = max(max_context, len(prompt) + min(1, params.max_tokens))
@@ -143,7 +151,7 @@ def build_request(
                 len(prompt),
                 longest,
                 replace(spec, seed=seed, sample=index, prompt_logprobs=None if index else spec.prompt_logprobs),
-                stop_ids,
+                checked.stop_ids,
                 priority,
             ),
             Detokenizer(
@@ -159,14 +167,15 @@ def build_request(
     return Request(request_id, params, tuple(samples), sink, arrived)
 
 
-def check_prompt(tokens: SequenceOf[int], vocab_size: int) -> None:
-    """Refuse what is no prompt.
+def check_prompt(tokens: SequenceOf[int], vocab_size: int, max_context: int) -> None:
+    """Refuse what is no prompt, its length first: what is too long is not even looked at.
 
     Raises:
-        InvalidRequestError: it is empty, or holds something else than ids of the vocabulary.
+        InvalidRequestError: it is empty, longer than the context, or holds something else than ids of the vocabulary.
     """
     if not tokens:
         raise InvalidRequestError("the prompt is empty: at least one token is needed", param="prompt")
+    check_length(len(tokens), len(tokens), max_context)
     if not all(type(token) is int for token in tokens):
         raise InvalidRequestError("the prompt must be a list of integer token ids", param="prompt")
     low, high = min(tokens), max(tokens)
@@ -197,7 +206,7 @@ def check_terms(priority: object, timeout_s: object, policy: str) -> None:
 
 def specify(
     params: SamplingParams, tokenizer: Tokenizer, defaults: GenerationDefaults, vocab_size: int
-) -> tuple[SequenceSpec, frozenset[int]]:
+) -> CheckedParams:
     """How the tokens of a request are drawn, and which of them end it.
 
     Raises:
@@ -236,7 +245,7 @@ def specify(
         prompt_logprobs=params.prompt_logprobs,
         grammar=grammar,
     )
-    return spec, stop_ids
+    return CheckedParams(params, spec, stop_ids)
 
 
 def _bad_words(words: SequenceOf[str], tokenizer: Tokenizer, vocab_size: int) -> tuple[tuple[int, ...], ...]:
@@ -250,6 +259,6 @@ def _bad_words(words: SequenceOf[str], tokenizer: Tokenizer, vocab_size: int) ->
             )
         spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
         found.append(bare)
-        if spaced[0] != bare[0] and len(spaced) == len(bare):
+        if spaced[0] != bare[0] and len(spaced) == len(bare) and max(spaced) < vocab_size:
             found.append(spaced)
     return tuple(found)

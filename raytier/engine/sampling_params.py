@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.engine.structured import StructuredOutputs
+from raytier.engine.text import encodable
 from raytier.errors import InvalidRequestError
 
 MAX_TEMPERATURE = 2.0
@@ -221,6 +222,7 @@ def _check_strings(name: str, values: tuple[str, ...], most: int, longest: int) 
     for text in values:
         if not isinstance(text, str) or not 0 < len(text) <= longest:
             _refuse(name, text, f"strings of 1 to {longest} characters")
+        encodable(text, name)
 
 
 def _check_ids(name: str, values: tuple[int, ...], most: int | None) -> None:

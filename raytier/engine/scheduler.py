@@ -56,6 +56,23 @@ class _Budget:
         return count
 
 
+def check_length(prompt: int, longest: int, context: int) -> None:
+    """Refuse a prompt that leaves no room in the context.
+
+    Args:
+        prompt: its tokens. longest: with those to be generated. context: longest sequence in tokens.
+
+    Raises:
+        InvalidRequestError: shorten it.
+    """
+    if prompt > context or prompt == context != longest:
+        raise InvalidRequestError(
+            f"the prompt has {prompt} tokens and leaves no room to generate: the context is "
+            f"{context} tokens; shorten it by at least {prompt - context + 1}",
+            param="prompt",
+        )
+
+
 class Scheduler:
     """Decides which tokens of which sequences a step carries, and owns the block tables.
 
@@ -254,12 +271,7 @@ class Scheduler:
 
     def _check_fits(self, sequence: Sequence) -> None:
         prompt, longest, context = sequence.prompt_len, sequence.max_tokens, self._limits.max_context
-        if prompt > context or prompt == context != longest:
-            raise InvalidRequestError(
-                f"the prompt has {prompt} tokens and leaves no room to generate: the context is "
-                f"{context} tokens; shorten it by at least {prompt - context + 1}",
-                param="prompt",
-            )
+        check_length(prompt, longest, context)
         # The KV of the last token is never needed, unless it is the prompt's.
         needed, available = self._pool.blocks_for(max(prompt, longest - 1)), self._pool.num_blocks
         if needed > available:

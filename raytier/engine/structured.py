@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import NoReturn
@@ -11,6 +12,7 @@ import tokenizers
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from raytier.checkpoint.manifest import TokenizerSpec
+from raytier.engine.text import encodable
 from raytier.errors import InvalidRequestError
 
 PARAM = "structured_outputs"
@@ -22,6 +24,8 @@ _ONE = ("items", "additionalProperties", "additionalItems", "not", "contains", "
 _LISTS = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SHARED = ("$defs", "definitions")
+#: Each try serialises and compiles the shared definitions again.
+_SEARCH_TRIES, _SEARCH_S = 64, 0.5
 #: Between the parts of a JSON text: nothing, a space, or a new line with its indentation. Without a bound a model that
 #: likes blanks never comes to an end.
 _WHITESPACE = r"( |\n[ \t]{0,32})?"
@@ -56,11 +60,13 @@ class StructuredOutputs:
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not 0 < len(text) <= MAX_LENGTH):
                 _refuse(f"{name} must be a text of 1 to {MAX_LENGTH} characters")
+            encodable(text or "", PARAM)
         if self.choice is not None:
             if not isinstance(self.choice, tuple) or not 0 < len(self.choice) <= MAX_CHOICES:
                 _refuse(f"choice must be a list of 1 to {MAX_CHOICES} texts")
             if not all(isinstance(text, str) and text for text in self.choice):
                 _refuse("choice must be a list of texts, none of them empty")
+            encodable("".join(self.choice), PARAM)
         if not isinstance(self.json_object, bool):
             _refuse("json_object must be true or false")
 
@@ -77,7 +83,7 @@ class StructuredOutputs:
         for name in values:
             if name not in NAMES:
                 _refuse(f"has no field {name!r}; known: {', '.join(NAMES)}")
-        if isinstance(schema := values.get("json"), Mapping | bool):
+        if isinstance(schema := values.get("json"), Mapping):
             values["json"] = json.dumps(schema)
         if isinstance(choice := values.get("choice"), list):
             values["choice"] = tuple(choice)
@@ -114,10 +120,10 @@ def _compile_schema(text: str, tokenizer: LLTokenizer) -> str:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         _refuse(f"json is not a JSON schema: {error}")
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         _refuse(f"json is not a JSON schema: an object is expected, got {type(schema).__name__}")
     if message := _failure(schema, tokenizer):
-        place, message = _deepest(schema, "", message, schema, tokenizer)
+        place, message = _deepest(schema, message, tokenizer)
         _refuse(f"json: {message}, at {place or 'the root of the schema'}")
     return _json_grammar(text)
 
@@ -133,16 +139,23 @@ def _failure(schema: object, tokenizer: LLTokenizer) -> str:
         return str(error)
 
 
-def _deepest(schema: object, path: str, message: str, root: object, tokenizer: LLTokenizer) -> tuple[str, str]:
-    """Path and message of the smallest part of `schema`, which cannot be compiled, that cannot be compiled either:
-    llguidance does not say where it failed."""
+def _deepest(root: object, message: str, tokenizer: LLTokenizer) -> tuple[str, str]:
+    """Path and message of the smallest part of a schema, which cannot be compiled, that cannot be compiled either:
+    llguidance does not say where it failed. After some tries or some time it is the smallest one found by then."""
     shared = {key: root[key] for key in _SHARED if key in root} if isinstance(root, dict) else {}
-    for name, part in _parts(schema):
-        alone = (
-            {**shared, **part} if isinstance(part, dict) and not any(name.startswith(key) for key in shared) else part
-        )
-        if isinstance(part, dict) and (found := _failure(alone, tokenizer)):
-            return _deepest(part, f"{path}.{name}" if path else name, found, root, tokenizer)
+    path = ""
+    tries, end = 0, time.monotonic() + _SEARCH_S
+    parts = _parts(root)
+    while (each := next(parts, None)) is not None:
+        name, part = each
+        if not isinstance(part, dict):
+            continue
+        if tries == _SEARCH_TRIES or time.monotonic() > end:
+            break
+        tries += 1
+        alone = part if any(name.startswith(key) for key in shared) else {**shared, **part}
+        if found := _failure(alone, tokenizer):
+            path, message, parts = f"{path}.{name}" if path else name, found, _parts(part)
     return path, message
 
 

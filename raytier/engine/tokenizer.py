@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -17,11 +16,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from llguidance import LLTokenizer
 
 from raytier.checkpoint.manifest import TokenizerSpec
 from raytier.engine.byte_level import bytes_of
-from raytier.engine.structured import StructuredOutputs, guide_tokenizer
+from raytier.engine.grammars import Grammars
+from raytier.engine.structured import StructuredOutputs
 from raytier.errors import InvalidRequestError
 
 #: Names under which a message's reasoning is passed; the first is the one templates read.
@@ -32,7 +31,6 @@ _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 #: How vocabularies with a fallback to bytes spell one.
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-_GRAMMARS = 64  # remembered
 
 
 class Tokenizer:
@@ -44,9 +42,7 @@ class Tokenizer:
         # Both may be left over in a model's tokenizer.json and would change the prompt.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._guide: LLTokenizer | None = None
-        self._grammars: dict[StructuredOutputs, str] = {}
-        self._guiding = threading.Lock()
+        self._grammars = Grammars(spec)
 
     @property
     def vocab_size(self) -> int:
@@ -95,20 +91,12 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode()
 
     def grammar(self, structured: StructuredOutputs, vocab_size: int) -> str:
-        """llguidance's grammar of what an output must match. A new one may take a second, the last ones nothing.
+        """llguidance's grammar of what an output must match. A new one may take a second, known ones nothing.
 
         Raises:
             InvalidRequestError: it cannot be matched; the message says what is wrong, and where.
         """
-        with self._guiding:
-            if self._guide is None:
-                self._guide = guide_tokenizer(self.spec, vocab_size)
-            if structured not in self._grammars:
-                grammar = structured.compile(self._guide)
-                while len(self._grammars) >= _GRAMMARS:
-                    del self._grammars[next(iter(self._grammars))]
-                self._grammars[structured] = grammar
-            return self._grammars[structured]
+        return self._grammars.get(structured, vocab_size)
 
     def apply_chat_template(
         self,

@@ -22,11 +22,15 @@ _LIMITS = LLParserLimits(verbose_errors=False)
 
 
 class GrammarState:
-    """Where one sequence stands in its grammar. The thread of `GrammarMasks` alone works on it, but for `add`."""
+    """Where one sequence stands in its grammar. The thread of `GrammarMasks` alone works on it, but for `add`.
 
-    def __init__(self, spec: SequenceSpec, vocab: int, output: Sequence[int]) -> None:
-        assert spec.grammar is not None
-        self.grammar = spec.grammar
+    Args:
+        compiled: a matcher at the beginning of the grammar.
+        output: tokens that were drawn already.
+    """
+
+    def __init__(self, spec: SequenceSpec, vocab: int, output: Sequence[int], compiled: Future[LLMatcher]) -> None:
+        self.compiled = compiled
         self.min_tokens = spec.min_tokens
         self.not_stops = ~bits_of([token for token in spec.stop_ids if token < vocab], vocab)
         self.matcher: LLMatcher | None = None
@@ -38,7 +42,7 @@ class GrammarState:
 
 
 class GrammarMasks:
-    """Masks of the grammars of one model.
+    """Masks of the grammars of one model. `state` and `compute` are called by one thread.
 
     Args:
         tokenizer: llguidance's, as wide as the tokenizer's vocabulary or the model's, whichever is more.
@@ -47,9 +51,24 @@ class GrammarMasks:
 
     def __init__(self, tokenizer: LLTokenizer, vocab: int) -> None:
         self._tokenizer = tokenizer
+        self._vocab = vocab
         self._bytes = (vocab + 31) // 32 * 4
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        # A thread of its own: the masks of sequences whose grammars are known do not wait for a new one.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar-compiler")
+
+    def state(self, spec: SequenceSpec, output: Sequence[int]) -> GrammarState:
+        """Of a sequence that arrives. A new grammar takes up to a second to compile, which begins now: prompts are
+        read meanwhile."""
+        grammar = spec.grammar
+        assert grammar is not None
+        if grammar not in self._compiled:
+            self._compiled[grammar] = self._compiler.submit(self._compile, grammar)
+            if len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return GrammarState(spec, self._vocab, output, self._compiled[grammar])
 
     def compute(self, states: Sequence[GrammarState], positions: Sequence[int]) -> Future[list[Bits | str]]:
         """Begin to compute what each of `states` allows as output token number `position`: bits, or why that is not
@@ -58,7 +77,7 @@ class GrammarMasks:
 
     def _mask(self, state: GrammarState, position: int) -> Bits | str:
         if state.matcher is None:
-            state.matcher = self._fresh(state.grammar)
+            state.matcher = state.compiled.result().deep_copy()
         matcher = state.matcher
         matcher.consume_tokens(state.pending)
         state.pending.clear()
@@ -73,15 +92,10 @@ class GrammarMasks:
             mask = going_on if going_on.any() else mask
         return mask
 
-    def _fresh(self, grammar: str) -> LLMatcher:
-        """A matcher at the beginning; compiling takes up to a second, copying microseconds."""
-        if grammar not in self._compiled:
-            self._compiled[grammar] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
-            if len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return self._compiled[grammar].deep_copy()
+    def _compile(self, grammar: str) -> LLMatcher:
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
+        self._compiler.shutdown()
         self._thread.shutdown()

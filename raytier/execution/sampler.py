@@ -25,14 +25,13 @@ from raytier.execution.logprobs import token_logprobs
 class _State:
     """What is known of one sequence."""
 
-    def __init__(self, arrival: Arrival, vocab: int) -> None:
+    def __init__(self, arrival: Arrival, vocab: int, grammar: GrammarState | None) -> None:
         self.spec = arrival.spec
         self.prompt_len = arrival.prompt_len
         self.tokens = arrival.tokens if arrival.spec.prompt_logprobs is not None else ()
         self.logprobs_known = arrival.logprobs_known
         self.rules = LogitRules(arrival.spec, vocab, arrival.prompt_len, arrival.tokens)
-        output = arrival.tokens[arrival.prompt_len :]
-        self.grammar = None if arrival.spec.grammar is None else GrammarState(arrival.spec, vocab, output)
+        self.grammar = grammar
 
     def position(self, chunk: SequenceChunk) -> int:
         """Number of the output token that `chunk` draws."""
@@ -77,7 +76,7 @@ class Sampler:
         for seq_id in batch.ended:
             self._states.pop(seq_id, None)
         for arrival in batch.arrivals:
-            self._states[arrival.seq_id] = _State(arrival, self._vocab)
+            self._states[arrival.seq_id] = _State(arrival, self._vocab, self._grammar_of(arrival))
         if unknown := [chunk.seq_id for chunk in batch.chunks if chunk.seq_id not in self._states]:
             raise RuntimeError(f"step {batch.step} carries sequences that have not arrived: {unknown}")
         self._computing = self._compute_masks(batch)
@@ -131,11 +130,14 @@ class Sampler:
                 asking.append(chunk.seq_id)
                 grammars.append(state.grammar)
                 positions.append(state.position(chunk))
-        if not asking:
+        return (asking, self._masks.compute(grammars, positions)) if self._masks is not None and asking else None
+
+    def _grammar_of(self, arrival: Arrival) -> GrammarState | None:
+        if arrival.spec.grammar is None:
             return None
         if self._masks is None:
             self._masks = GrammarMasks(self._guide(), self._vocab)
-        return asking, self._masks.compute(grammars, positions)
+        return self._masks.state(arrival.spec, arrival.tokens[arrival.prompt_len :])
 
     def _guide(self) -> LLTokenizer:
         if self._tokenizer is None:

@@ -93,7 +93,9 @@ class _ChoiceOfAStream:
         self.begun = False
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.text = ""
         self.text_length = 0
+        self.finish_reason: FinishReason | None = None
 
     def parts(self, delta: OutputDelta) -> tuple[Part, ...]:
         """What the delta adds to the answer."""
@@ -204,6 +206,7 @@ class CompletionWriter:
         self._stream = _Stream("cmpl", "text_completion", generation, include_usage)
         self._choices = [_ChoiceOfAStream(None) for _ in range(generation.num_choices)]
         self._prompts: dict[int, Sequence[TokenLogprobs | None]] = {}
+        self._waiting: dict[int, list[int]] = {}  # prompt -> choices whose first event needs its log-probabilities
 
     def whole(self, outputs: Sequence[Output]) -> Completion:
         choices = []
@@ -232,19 +235,34 @@ class CompletionWriter:
     def events(self, choice: int, delta: OutputDelta) -> bytes:
         state = self._choices[choice]
         prompt = self._generation.prompt_of(choice)
+        state.finish_reason = None if delta.finish_reason is None else finish_reason(delta)
         self._note(prompt, delta.prompt_logprobs)
         state.token_ids += delta.token_ids
         state.logprobs += delta.logprobs
-        text = delta.text if state.begun else (prompt.echo or "") + delta.text
-        if not text and delta.finish_reason is None:
+        state.text += delta.text
+        waiting = self._waiting.setdefault(id(prompt), [])
+        if prompt.echo is not None and prompt.params.logprobs is not None and id(prompt) not in self._prompts:
+            # The first sample brings them, and other samples may be faster.
+            waiting.append(choice)
             return b""
-        logprobs = self._logprobs(choice, state.token_ids, state.logprobs)
-        state.token_ids, state.logprobs = [], []
-        reason = None if delta.finish_reason is None else finish_reason(delta)
-        return self._stream.choice({"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason})
+        ready = dict.fromkeys([*waiting, choice])
+        waiting.clear()
+        return b"".join(map(self._event, ready))
 
     def usage(self) -> bytes:
         return self._stream.usage()
+
+    def _event(self, choice: int) -> bytes:
+        """What there is of a choice and has not been written."""
+        state = self._choices[choice]
+        text = state.text if state.begun else (self._generation.prompt_of(choice).echo or "") + state.text
+        if not text and state.finish_reason is None:
+            return b""
+        logprobs = self._logprobs(choice, state.token_ids, state.logprobs)
+        state.token_ids, state.logprobs, state.text = [], [], ""
+        return self._stream.choice(
+            {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": state.finish_reason}
+        )
 
     def _note(self, prompt: Prompt, logprobs: Sequence[TokenLogprobs | None] | None) -> None:
         """The prompt's come with its first sample and belong to all of them."""

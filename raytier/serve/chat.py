@@ -44,6 +44,12 @@ class ChatInput:
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether something may have to be compiled for it."""
+        forced = self.tool_choice not in (None, "auto", "none")
+        return forced or self.sampling.get("structured_outputs") is not None
+
 
 def prepare_chat(model: ServedModel, chat: ChatInput) -> Prompt:
     """Render and tokenize. Takes milliseconds, so not on an event loop.
@@ -67,10 +73,9 @@ def prepare_chat(model: ServedModel, chat: ChatInput) -> Prompt:
     new_parser = partial(answer_parser, model.languages, use, prompt=text, continued=continued, constrained=constrained)
     if model.marks_are_special and new_parser() is not None:
         sampling["skip_special_tokens"] = False
-    params = SamplingParams.from_request(model.engine.defaults, **sampling)
-    model.engine.check(params)  # a new grammar is compiled here, and not on the event loop
+    checked = model.engine.check(SamplingParams.from_request(model.engine.defaults, **sampling))
     # The rendered template holds its special tokens already.
-    return Prompt(model.encode(text, "messages", add_special_tokens=False), params, new_parser)
+    return Prompt(model.encode(text, "messages", add_special_tokens=False), checked, new_parser)
 
 
 def render(model: ServedModel, chat: ChatInput, use: ToolUse | None = None) -> str:

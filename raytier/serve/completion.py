@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raytier.engine.requests import CheckedParams, check_prompt
 from raytier.engine.sampling_params import SamplingParams
-from raytier.serve.generate import Prompt
+from raytier.serve.generate import Prompt, check_number
 from raytier.serve.served import ServedModel
 
 
 @dataclass(frozen=True, slots=True)
 class TextInput:
-    """A raw prompt to continue: a text, or token ids.
+    """Raw prompts to continue: texts, or token ids.
 
     Attributes:
         sampling: fields of `SamplingParams`; absent ones take the model's defaults.
@@ -21,22 +22,36 @@ class TextInput:
         add_special_tokens: those of the tokenizer; None = as the model's files say.
     """
 
-    prompt: str | Sequence[int]
+    prompts: Sequence[str | Sequence[int]]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     echo: bool = False
     add_special_tokens: bool | None = None
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether something may have to be compiled for it."""
+        return self.sampling.get("structured_outputs") is not None
 
-def prepare_text(model: ServedModel, request: TextInput) -> Prompt:
-    """Tokenize. Takes milliseconds, so not on an event loop.
+
+def prepare_text(model: ServedModel, request: TextInput) -> list[Prompt]:
+    """Tokenize. Takes milliseconds, and more where a grammar is new, so not on an event loop.
 
     Raises:
-        InvalidRequestError: a sampling value is wrong, or it is no text that fits.
+        InvalidRequestError: a sampling value is wrong, a prompt is none that fits, or there are too many.
     """
-    params = SamplingParams.from_request(model.engine.defaults, **request.sampling)
-    model.engine.check(params)  # a new grammar is compiled here, and not on the event loop
-    if isinstance(request.prompt, str):
-        token_ids = model.encode(request.prompt, "prompt", add_special_tokens=request.add_special_tokens)
-        return Prompt(token_ids, params, echo=request.prompt if request.echo else None)
-    echo = "".join(map(model.texts.text_of, request.prompt)) if request.echo else None
-    return Prompt(tuple(request.prompt), params, echo=echo)
+    checked = model.engine.check(SamplingParams.from_request(model.engine.defaults, **request.sampling))
+    check_number(model, len(request.prompts), checked.params.n)
+    return [_prompt(model, each, request, checked) for each in request.prompts]
+
+
+def _prompt(model: ServedModel, given: str | Sequence[int], request: TextInput, checked: CheckedParams) -> Prompt:
+    if isinstance(given, str):
+        token_ids = model.encode(given, "prompt", add_special_tokens=request.add_special_tokens)
+    else:
+        token_ids = tuple(given)
+    config = model.engine.config
+    check_prompt(token_ids, config.vocab_size, config.max_context)
+    if not request.echo:
+        return Prompt(token_ids, checked)
+    text = given if isinstance(given, str) else "".join(map(model.texts.text_of, token_ids))
+    return Prompt(token_ids, checked, echo=text)

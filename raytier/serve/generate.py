@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 from raytier.engine.outputs import OutputDelta, merge
+from raytier.engine.requests import CheckedParams
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.step import TokenLogprobs
 from raytier.errors import EngineDeadError, InvalidRequestError, RequestTimeoutError
@@ -19,6 +21,17 @@ from raytier.serve.parsers.parts import Content, Part
 from raytier.serve.served import ServedModel
 
 FinishReason = Literal["stop", "length"]
+
+
+class Prepared(Protocol):
+    """What prompts are made of."""
+
+    @property
+    def has_grammar(self) -> bool: ...
+
+
+Input = TypeVar("Input", bound=Prepared)
+Made = TypeVar("Made")
 
 
 def _plain() -> None:
@@ -30,14 +43,20 @@ class Prompt:
     """Token ids and sampling parameters, ready for an engine.
 
     Attributes:
+        checked: parameters that the engine has checked, so that nothing is compiled or encoded when it is submitted.
         new_parser: makes the parser of one answer.
         echo: text that an answer begins with; None for nothing.
     """
 
     token_ids: tuple[int, ...]
-    params: SamplingParams
+    checked: CheckedParams
     new_parser: Callable[[], AnswerParser | None] = _plain
     echo: str | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        """As the request gave them."""
+        return self.checked.params
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +124,7 @@ class Generation:
         self._streams = [
             cast(
                 "AsyncGenerator[OutputDelta, None]",
-                model.engine.stream(prompt.token_ids, prompt.params, priority=priority, timeout_s=model.timeout_s),
+                model.engine.stream(prompt.token_ids, prompt.checked, priority=priority, timeout_s=model.timeout_s),
             )
             for prompt in prompts
         ]
@@ -228,17 +247,29 @@ def parts_of(parser: AnswerParser | None, delta: OutputDelta) -> tuple[Part, ...
     return tuple(parser.push(delta.text) + (parser.finish() if last else []))
 
 
-def check_number(model: ServedModel, prompts: int) -> None:
-    """Refuse a batch of more prompts than the queue ever holds.
+def check_number(model: ServedModel, prompts: int, samples: int = 1) -> None:
+    """Refuse a batch of more prompts, with so many samples each, than the queue ever holds.
 
     Raises:
         InvalidRequestError: split it.
     """
     most = model.engine.config.scheduler.max_queue
-    if prompts > most:
+    if prompts * samples > most:
+        each = f" of {samples} samples each" if samples > 1 else ""
         raise InvalidRequestError(
-            f"{prompts} prompts in one request; at most {most} (scheduler.max_queue): split it", param="prompt"
+            f"{prompts} prompts{each} in one request; at most {most} in all (scheduler.max_queue): split it",
+            param="prompt" if prompts > 1 else "n",
         )
+
+
+#: Threads that wait for grammars: the event loop's own ones stay free for what takes milliseconds, health checks too.
+_GRAMMARS = ThreadPoolExecutor(2, thread_name_prefix="grammar-compiler")
+
+
+async def in_thread(prepare: Callable[[ServedModel, Input], Made], model: ServedModel, request: Input) -> Made:
+    """`prepare(model, request)` on a thread, apart from the others where it may have to compile a grammar."""
+    pool = _GRAMMARS if request.has_grammar else None
+    return await asyncio.get_running_loop().run_in_executor(pool, prepare, model, request)
 
 
 def finish_reason(delta: OutputDelta) -> FinishReason:

@@ -11,7 +11,7 @@ from typing import Any
 from raytier.engine.outputs import OutputDelta
 from raytier.serve.chat import ChatInput, prepare_chat
 from raytier.serve.completion import TextInput, prepare_text
-from raytier.serve.generate import FinishReason, Generation, Output, Prompt, finish_reason, parts_of
+from raytier.serve.generate import FinishReason, Generation, Output, Prompt, finish_reason, in_thread, parts_of
 from raytier.serve.parsers.answer import Message
 from raytier.serve.parsers.parts import Part
 from raytier.serve.served import ServedModel
@@ -80,7 +80,8 @@ async def generate(model: ServedModel, prompt: str | Sequence[int], **sampling: 
     Raises:
         InvalidRequestError, QueueFullError, EngineDeadError: as over HTTP.
     """
-    return await _whole(model, await asyncio.to_thread(prepare_text, model, TextInput(prompt, sampling)))
+    [prepared] = await in_thread(prepare_text, model, TextInput([prompt], sampling))
+    return await _whole(model, prepared)
 
 
 async def generate_stream(
@@ -91,9 +92,7 @@ async def generate_stream(
     Raises:
         RequestTimeoutError, EngineDeadError: instead of the last delta of a sample that has not come to its end.
     """
-    generation = await Generation.start(
-        model, [await asyncio.to_thread(prepare_text, model, TextInput(prompt, sampling))]
-    )
+    generation = await Generation.start(model, await in_thread(prepare_text, model, TextInput([prompt], sampling)))
     try:
         async for _, delta in generation:
             if delta.finish_reason is not None:
@@ -105,14 +104,14 @@ async def generate_stream(
 
 async def chat(model: ServedModel, messages: Sequence[Mapping[str, Any]], **options: Any) -> GenerateResult:
     """Answer a conversation; raises as `generate`."""
-    return await _whole(model, await asyncio.to_thread(prepare_chat, model, _chat_input(messages, options)))
+    return await _whole(model, await in_thread(prepare_chat, model, _chat_input(messages, options)))
 
 
 async def chat_stream(
     model: ServedModel, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> AsyncGenerator[ChatDelta, None]:
     """The same, delta by delta; raises as `generate_stream`. Closing the generator aborts."""
-    prompt = await asyncio.to_thread(prepare_chat, model, _chat_input(messages, options))
+    prompt = await in_thread(prepare_chat, model, _chat_input(messages, options))
     parsers = [prompt.new_parser() for _ in range(prompt.params.n)]
     generation = await Generation.start(model, [prompt])
     try:

@@ -17,7 +17,7 @@ from raytier.serve.backend import Backend
 from raytier.serve.chat import ChatInput, prepare_chat
 from raytier.serve.completion import TextInput, prepare_text
 from raytier.serve.errors import JSONBytes, request_id_of
-from raytier.serve.generate import Generation, check_number
+from raytier.serve.generate import Generation, in_thread
 from raytier.serve.messages import ChosenTool
 from raytier.serve.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from raytier.serve.schema import ChatCompletion, Completion, ErrorResponse, ModelCard, ModelList
@@ -52,18 +52,16 @@ def make_router(backend: Backend, upstream: "Upstream | None" = None) -> APIRout
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         model = await backend.model(body.model)
         with _in_their_words(body, prompt="messages"):
-            prompt = await asyncio.to_thread(prepare_chat, model, chat_input(body))
+            prompt = await in_thread(prepare_chat, model, chat_input(body))
             generation = await Generation.start(model, [prompt], priority=body.priority or 0)
         return await _answer(request, body, generation, ChatWriter(generation, body.include_usage))
 
     @router.post("/completions", response_model=Completion, responses=_GENERATES, summary="Continue raw prompts")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         model = await backend.model(body.model)
-        check_number(model, len(body.prompt))
-        sampling = body.sampling()
-        inputs = [TextInput(each, sampling, bool(body.echo), body.add_special_tokens) for each in body.prompt]
+        texts = TextInput(body.prompt, body.sampling(), bool(body.echo), body.add_special_tokens)
         with _in_their_words(body, prompt="prompt"):
-            prompts = await asyncio.to_thread(lambda: [prepare_text(model, each) for each in inputs])
+            prompts = await in_thread(prepare_text, model, texts)
             generation = await Generation.start(model, prompts, priority=body.priority or 0)
         return await _answer(request, body, generation, CompletionWriter(generation, body.include_usage))
 

@@ -7,11 +7,11 @@ from functools import cached_property
 
 from raytier.config import ModelEntry
 from raytier.engine.engine import Engine
+from raytier.engine.text import encodable
 from raytier.errors import InvalidRequestError
 from raytier.serve.logprobs import TokenTexts
 from raytier.serve.parsers.answer import Languages
 from raytier.serve.parsers.thoughts import TAGS
-from raytier.serve.text import encodable
 
 _MARKS = frozenset(
     {"<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", *itertools.chain(*TAGS.values())}

@@ -174,7 +174,7 @@ def test_generate_leaves_nothing_running_when_a_prompt_is_refused(house: House) 
     engine = house.build()
     with pytest.raises(InvalidRequestError):
         engine.generate([[1, 2], []], replace(GREEDY, max_tokens=100))
-    assert engine.stats().aborted == 1
+    assert engine.stats().finished["abort"] == 1
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
@@ -411,7 +411,7 @@ async def test_leaving_a_stream_aborts_its_request(house: House) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert engine.stats().aborted == 2
+    assert engine.stats().finished["abort"] == 2
     await collect(engine, [6], GREEDY)
     assert engine.stats().kv_blocks_used == 0
 
@@ -443,7 +443,7 @@ def test_a_failing_sink_ends_its_own_request_only(house: House) -> None:
     engine.submit([1, 2], replace(GREEDY, max_tokens=30), other)
     assert other.wait()[-1].finish_reason == "length"
     assert engine.dead is None
-    assert engine.stats().aborted == 1
+    assert engine.stats().finished["abort"] == 1
 
 
 @pytest.mark.parametrize("error", [EngineDeadError("the device actor died"), ZeroDivisionError("division by zero")])
@@ -621,6 +621,21 @@ async def test_samples_that_wait_for_a_slow_reader_are_merged_apart(house: House
 
 
 # ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_its_length_alone(house: House) -> None:
+    """However long it is, nothing is copied: 128 samples of a prompt of 10 MB would be a gigabyte."""
+
+    class Prompt(Sequence[int]):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: Any) -> Any:
+            raise AssertionError("a token was looked at")
+
+    engine = house.build(max_context=100)
+    with pytest.raises(InvalidRequestError, match="1000000000 tokens and leaves no room.*context is 100"):
+        engine.submit(Prompt(), replace(GREEDY, n=128), Collector())
 
 
 def test_refusals(house: House) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytier.engine.step import Arrival, SequenceChunk, SequenceSpec, StepBatch, StepResult
+from raytier.execution import grammar as grammar_module
 from raytier.execution import logprobs as logprobs_module
 from raytier.execution.drawing import draw
 from raytier.execution.logits import LogitRules, adjust
 from raytier.execution.logprobs import token_logprobs
 from raytier.execution.sampler import Sampler
+from tests.engine.fakes import byte_level_tokenizer
 
 VOCAB = 40
 NEVER = -math.inf
@@ -278,3 +282,45 @@ def test_the_draw_follows_the_changed_distribution() -> None:
     drawn = torch.tensor(draw(changed, [spec.draw(position) for position in range(4000)]))
     counts = torch.bincount(drawn, minlength=VOCAB) / 4000
     torch.testing.assert_close(counts, probabilities, atol=0.03, rtol=0)
+
+
+# ---- grammars ------------------------------------------------------------------------------------
+
+
+def test_a_grammar_is_compiled_while_the_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins when the sequence arrives, and the masks of others do not wait for it."""
+    real, gate, began = grammar_module.LLMatcher, threading.Event(), threading.Event()
+    slow = real.grammar_from_regex("[0-9]+")
+    known = real.grammar_from_regex("[a-z]+")
+
+    def compile_(tokenizer: Any, grammar: str, **options: Any) -> Any:
+        if grammar == slow:
+            began.set()
+            assert gate.wait(20)
+        return real(tokenizer, grammar, **options)
+
+    monkeypatch.setattr(grammar_module, "LLMatcher", compile_)
+    vocab = byte_level_tokenizer().vocab_size
+    sampler = Sampler(vocab, byte_level_tokenizer().spec)
+
+    def step(number: int, chunks: list[SequenceChunk], *arrivals: Arrival) -> StepResult:
+        batch = StepBatch("m", 0, number, tuple(chunks), arrivals, ())
+        sampler.begin(batch)
+        return sampler.finish(batch, torch.zeros(len(sampler.rows(batch)), vocab))
+
+    try:
+        first = SequenceChunk(1, (5,), 0, (1,), True)
+        assert set(step(1, [first], Arrival(1, SequenceSpec(grammar=known), 1)).tokens) == {1}
+        prompt = SequenceChunk(2, (5, 6), 0, (2,), False)
+        step(2, [prompt], Arrival(2, SequenceSpec(grammar=slow), 3))
+        assert began.wait(10), "compiling begins with the prompt"
+        with ThreadPoolExecutor(1) as pool:
+            again = pool.submit(step, 3, [SequenceChunk(1, (7,), 1, (1,), True)])
+            try:
+                assert set(again.result(10).tokens) == {1}
+            finally:
+                gate.set()
+        assert set(step(4, [SequenceChunk(2, (7,), 2, (2,), True)]).tokens) == {2}
+    finally:
+        gate.set()
+        sampler.close()

@@ -242,7 +242,10 @@ def test_a_reader_that_goes_away_frees_its_blocks_within_a_step(served: Applicat
         assert running.kv_blocks_used > 0
         leave()
         gone = time.monotonic()
-        aborted = eventually(lambda: (s := served.stats()) and s.aborted > before.aborted and s, every=0)
+        aborted = eventually(
+            lambda: (s := served.stats()) and s.finished.get("abort", 0) > before.finished.get("abort", 0) and s,
+            every=0,
+        )
         freed = eventually(lambda: (s := served.stats()) and not s.kv_blocks_used and s, every=0)
         assert freed.steps - aborted.steps <= 1
         assert time.monotonic() - gone < 10

@@ -31,12 +31,15 @@ def make_served(tokenizer: Tokenizer) -> Iterator[MakeServed]:
         *,
         max_queue: int = 64,
         max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 64,
         blocks: int = 4096,
         max_context: int = 4096,
         template: str | None = None,
         timeout_s: float | None = None,
     ) -> Served:
-        scheduler = Scheduler(max_num_seqs=max_num_seqs, max_num_batched_tokens=64, max_queue=max_queue)
+        scheduler = Scheduler(
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_queue=max_queue
+        )
         model_tokenizer = tokenizer if template is None else make_tokenizer(template)
         made.append(Served(model_tokenizer, scheduler, blocks, max_context, timeout_s))
         return made[-1]

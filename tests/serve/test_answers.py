@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -228,6 +229,39 @@ async def test_logprobs_of_a_completion(http: httpx.AsyncClient, served: Served,
     assert _merged(chunks) == logprobs
     by_ids = (await http.post(TEXT, json={**body, "prompt": ids})).json()["choices"][0]
     assert by_ids["logprobs"] == logprobs
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_streamed_echo_whose_log_probabilities_take_several_steps(make_served: MakeServed, n: int) -> None:
+    """A step computes them of some tokens of a prompt, and they are the first sample's: the others are faster."""
+    served = make_served(max_num_batched_tokens=1024)
+    await served.load()
+    text = "".join(f"{number} " for number in range(100))
+    body = {"prompt": text, "logprobs": 1, "echo": True, "n": n, "max_tokens": 3}
+    transport = httpx.ASGITransport(app=build_api(served))
+    async with httpx.AsyncClient(transport=transport, base_url="http://raytier", timeout=30) as http:
+        choices = (await http.post(TEXT, json=body)).json()["choices"]
+        *chunks, _ = events((await http.post(TEXT, json={**body, "stream": True})).content)
+    for index, choice in enumerate(choices):
+        mine = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(chunk["choices"][0]["text"] for chunk in mine) == choice["text"]
+        assert choice["text"].startswith(text)
+        assert _merged(mine) == choice["logprobs"]
+        reasons = [chunk["choices"][0]["finish_reason"] for chunk in mine]
+        assert reasons == [None] * (len(mine) - 1) + ["length"]
+
+
+async def test_a_streamed_echo_that_runs_out_of_time(make_served: MakeServed) -> None:
+    """The error is the time-out's, although the prompt's log-probabilities never came."""
+    served = make_served(timeout_s=0.2)
+    await served.load()
+    served.executor.before_step[1] = lambda: time.sleep(0.4)
+    transport = httpx.ASGITransport(app=build_api(served))
+    body = {"prompt": "".join(f"{number} " for number in range(200)), "logprobs": 1, "echo": True, "stream": True}
+    async with httpx.AsyncClient(transport=transport, base_url="http://raytier", timeout=30) as http:
+        answer = await http.post(TEXT, json=body)
+    [error] = [event for event in events(answer.content) if event != "[DONE]"]
+    assert "api.request_timeout_s" in error["error"]["message"]
 
 
 async def test_echo_alone(http: httpx.AsyncClient) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,13 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ("logit_bias", {"five": 1}, "token ids"),
         ("logit_bias", [5], "valid dictionary"),
         ("bad_words", [""], "1 to"),
+        ("bad_words", ["a\ud800"], "lone surrogate"),
+        ("stop", ["\ud800"], "lone surrogate"),
+        ("structured_outputs", {"regex": "\ud800"}, "lone surrogate"),
+        ("structured_outputs", {"choice": ["a", "\ud800"]}, "lone surrogate"),
+        ("structured_outputs", {"json": '{"const": "\ud800"}'}, "lone surrogate"),
+        ("structured_outputs", {"json": True}, "json"),
+        ("structured_outputs", {"json": "true"}, "an object is expected, got bool"),
         ("allowed_token_ids", [], "at least one"),
         ("prompt_logprobs", 99, "between 0 and 20"),
         ("response_format", "json", "valid dictionary"),
@@ -97,7 +105,8 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 async def test_bad_field(http: httpx.AsyncClient, path: str, field: str, value: object, said: str) -> None:
     body = {"model": MODEL, **({"messages": USER} if path == CHAT else {"prompt": "dog"}), field: value}
-    error = error_of(await http.post(path, json=body), 400)
+    answer = await http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    error = error_of(answer, 400)
     assert error["param"] is not None
     assert re.split(r"[.\[]", error["param"])[0] == field
     assert field in error["message"]
@@ -194,6 +203,42 @@ async def test_bad_prompt(http: httpx.AsyncClient, prompt: object, said: str) ->
     error = error_of(await http.post(TEXT, json={"prompt": prompt}), 400)
     assert error["param"] == "prompt"
     assert said in error["message"]
+
+
+async def test_bad_ids_with_echo(http: httpx.AsyncClient) -> None:
+    error = error_of(await http.post(TEXT, json={"prompt": [-1], "echo": True}), 400)
+    assert (error["param"], "between 0 and" in error["message"]) == ("prompt", True)
+
+
+async def test_more_samples_than_ever_fit(http: httpx.AsyncClient) -> None:
+    """429 would say that it is worth trying again."""
+    error = error_of(await http.post(TEXT, json={"prompt": ["a"] * 33, "n": 2}), 400)
+    assert error["param"] == "prompt"
+    assert "33 prompts of 2 samples each" in error["message"]
+    assert "at most 64" in error["message"]
+
+
+async def test_what_takes_time_is_done_once_and_not_on_the_event_loop(
+    http: httpx.AsyncClient, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grammars are compiled on threads of their own: health checks use the event loop's."""
+    tokenizer, compiled, encoded = served.only.tokenizer, [], []
+    grammar, encode = tokenizer.grammar, tokenizer.encode
+
+    def note_grammar(*args: Any) -> str:
+        compiled.append(threading.current_thread().name)
+        return grammar(*args)
+
+    def note_text(text: str, **options: Any) -> list[int]:
+        encoded.append((text, threading.current_thread() is threading.main_thread()))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "grammar", note_grammar)
+    monkeypatch.setattr(tokenizer, "encode", note_text)
+    body = {"prompt": ["one", "two", "dog"], "bad_words": ["sky"], "structured_outputs": {"regex": "[a-z ]+"}}
+    assert (await http.post(TEXT, json=body)).status_code == 200
+    assert [name.rpartition("_")[0] for name in compiled] == ["grammar-compiler"]
+    assert sorted(encoded) == [(" sky", False), ("dog", False), ("one", False), ("sky", False), ("two", False)]
 
 
 async def test_bad_template_arguments(http: httpx.AsyncClient) -> None:

@@ -213,8 +213,12 @@ class RequiredCalls(JsonCalls):
                 yield from self._rest(read + character + space + refused)
                 return
             read, character = yield from self._after_space()
-        if character is not END and not self._calls:
-            yield from self._rest(read + character)
+        if not self._calls:
+            if character is END:  # nothing but white space
+                self._content(read)
+                self._end()
+            else:
+                yield from self._rest(read + character)
             return
         while (yield) is not END:  # the bracket that ends the list
             pass
