@@ -55,7 +55,14 @@ def serve_run(config: Path, temp: Path) -> Iterator[tuple[subprocess.Popen[bytes
     environment = {**os.environ, MARK: session, "TMPDIR": str(temp), "RAY_TMPDIR": str(temp)}
     with output.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell starts what runs in the background with SIGINT ignored, and so would this one begin.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         yield process, session, output
