@@ -1,7 +1,7 @@
 """The one thread of a device that computes: it runs what Ray's methods hand it, and steps as engines send them.
 
-Steps do not come as Ray calls: on two busy cores a call there and back takes 2.7 ms (gRPC and its threads), a message
-over a Unix socket a tenth of that. Ray places the processes, supervises them and carries everything rare.
+Steps do not come as Ray calls: with one for each, a step spent 2.7 ms outside of the device on two busy cores (gRPC and
+its threads), with messages over a Unix socket 0.7. Ray places the processes, supervises them and carries what is rare.
 
 Wire format, both ways: a message of `multiprocessing.connection` (length, then bytes) that holds one pickle: a
 `StepBatch` there, a `StepResult` or the exception that the step raised back. The first message of a connection is the

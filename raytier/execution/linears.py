@@ -1,7 +1,7 @@
 """Linear layers on a CPU: for few rows by kernels of our own or on weights that oneDNN has packed, else as torch does.
 
 With few rows a linear layer takes as long as its weights take to come from memory. Where the processor computes in
-bf16, `apply` reads plain weights, wherever they lie, at about the memory's rate (`kernels/linear_bf16.c`). Elsewhere
+bf16, `apply` reads plain weights, wherever they lie, at about the memory's rate (`cpu_kernels.linear`). Elsewhere
 oneDNN's packed layout, which its kernels read instead of rows, is what helps.
 
 A packed weight is a cache of the plain one: new memory, as large as the plain weight (up to padding), usable on
