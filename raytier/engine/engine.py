@@ -25,7 +25,7 @@ from raytier.engine.step import StepBatch, StepExecutor, StepResult, StepStats, 
 from raytier.engine.streams import Mailboxes, StreamReader
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, GenerationError, InvalidRequestError, QueueFullError, RaytierError
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Engine:
     blocks at once, or when the step in flight has ended if that step writes to them.
 
     Args:
-        block_pool: the blocks this engine may use; its own from now on.
+        kv: the blocks this engine may use; its own from now on.
         on_step: called on the engine's thread after every step; must not block. `observe` adds further ones.
     """
 
@@ -70,7 +70,7 @@ class Engine:
         model_id: str,
         executor: StepExecutor,
         tokenizer: Tokenizer,
-        block_pool: BlockPool,
+        kv: KVCache,
         defaults: GenerationDefaults,
         config: EngineConfig,
         on_step: Callable[[StepReport], None] | None = None,
@@ -88,9 +88,9 @@ class Engine:
             config.max_context,
         )
         self._executor = executor
-        self._pool = block_pool
+        self._kv = kv
         self._observers: tuple[Callable[[StepReport], None], ...] = () if on_step is None else (on_step,)
-        self._scheduler = Scheduler(model_id, block_pool, limits, epoch=config.epoch)
+        self._scheduler = Scheduler(model_id, kv, limits, epoch=config.epoch)
         self._changed = threading.Condition()
         self._requests: dict[str, Request] = {}
         self._by_sequence: dict[int, tuple[Request, Sample]] = {}
@@ -264,7 +264,7 @@ class Engine:
         with self._changed:
             scheduler = self._scheduler
             return self._statistics.snapshot(
-                scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, self._pool, self._dead
+                scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, self._kv, self._dead
             )
 
     @property

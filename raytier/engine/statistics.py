@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from raytier.engine.outputs import EngineStats, FinishedSample, LoopTimes, OutputDelta, StepReport, add
 from raytier.engine.requests import Request, Sample
 from raytier.engine.step import StepStats
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 from raytier.kv.ledger import LedgerDelta
 
 
@@ -75,7 +76,7 @@ class Statistics:
         self._reports += 1
         return StepReport(epoch, self._reports, running, waiting, stats, kv, times, first_tokens, token_gaps, ended)
 
-    def snapshot(self, running: int, waiting: int, preemptions: int, pool: BlockPool, dead: str | None) -> EngineStats:
+    def snapshot(self, running: int, waiting: int, preemptions: int, kv: KVCache, dead: str | None) -> EngineStats:
         """The counters, and the load as it is now."""
         return EngineStats(
             running=running,
@@ -85,9 +86,13 @@ class Statistics:
             generated_tokens=self._generated_tokens,
             finished=dict(self._finished),
             preemptions=preemptions,
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_used=pool.num_used,
-            kv_blocks_free=pool.num_free,
+            kv_blocks_total=kv.num_blocks,
+            kv_blocks_used=kv.num_used,
+            kv_blocks_free=kv.num_blocks - kv.num_used,
+            kv_blocks_cached=kv.num_cached,
+            kv_evictions=kv.num_evictions,
+            kv_pressure=kv.pressure,
+            kv=replace(kv.counts),
             last_step=self._last_step,
             total=self._total,
             loop=self._loop,

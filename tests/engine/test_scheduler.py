@@ -12,7 +12,8 @@ from raytier.engine.sequence import FinishReason, Sequence, Status
 from raytier.engine.step import SequenceSpec, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from raytier.kv.block_pool import BlockPool
-from raytier.kv.ledger import LeaseLedger
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import GroupShape, LeaseLedger
 from tests.engine.fakes import PagedExecutor, next_token
 
 VOCAB = 50
@@ -30,7 +31,8 @@ def make(
 ) -> tuple[Scheduler, BlockPool, PagedExecutor]:
     pool = BlockPool(BLOCK)
     pool.add_extent(1, blocks)
-    scheduler = Scheduler("m", pool, SchedulerLimits(seqs, tokens, mixed or tokens, queue, context))
+    kv = KVCache([pool])
+    scheduler = Scheduler("m", kv, SchedulerLimits(seqs, tokens, mixed or tokens, queue, context))
     return scheduler, pool, PagedExecutor(blocks + 1, BLOCK, VOCAB)
 
 
@@ -142,7 +144,7 @@ def test_the_latest_is_preempted_and_resumes_before_those_that_wait() -> None:
     while (batch := scheduler.schedule()) is not None:
         started += [c.seq_id for c in batch.chunks if c.start == 0]
         if sequences[1].preemptions and sequences[1].status is Status.WAITING:
-            assert sequences[1].block_table == []
+            assert sequences[1].kv.tables == []
             assert sequences[1].num_computed == 0
             assert sequences[2].status is Status.WAITING
         scheduler.apply(executor.step(batch))
@@ -339,7 +341,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler, self.pool, self.executor = make(blocks=12, seqs=3, tokens=6, mixed=4, queue=4, context=48)
-        self.ledger = LeaseLedger(13, BLOCK, 1)
+        self.ledger = LeaseLedger([GroupShape(13, 1)], BLOCK)
         self.ledger.lease("e", 0, 12)
         self.reports = 0
         self.sequences: list[Sequence] = []
@@ -394,7 +396,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         victim = data.draw(st.sampled_from([s for s in self.sequences if not s.finished]))
         in_flight = self.batch is not None and victim.seq_id in {c.seq_id for c in self.batch.chunks}
-        used, held = self.pool.num_used, len(victim.block_table)
+        used, held = self.pool.num_used, victim.kv.num_blocks
         assert self.scheduler.finish(victim, FinishReason.ABORT)
         assert not self.scheduler.finish(victim, FinishReason.ABORT)
         assert self.pool.num_used == used - (0 if in_flight else held)
@@ -403,7 +405,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def report(self) -> None:
         self.reports += 1
         assert self.ledger.report("e", 0, self.reports, self.scheduler.take_delta())
-        held = {s.seq_id: tuple(sorted(s.block_table)) for s in self.sequences if s.block_table}
+        held = {s.seq_id: tuple(sorted(s.kv.tables[0])) for s in self.sequences if s.kv.tables}
         assert self.ledger.holdings("e") == held
 
     @invariant()
@@ -418,7 +420,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.apply()
         run(self.scheduler, self.executor)
         assert self.pool.num_used == 0
-        assert all(s.finished and not s.block_table for s in self.sequences)
+        assert all(s.finished and not s.kv.tables for s in self.sequences)
         self.report()
         assert self.ledger.stats().used_blocks == 0
 

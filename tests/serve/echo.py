@@ -23,6 +23,7 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, ResourceNotAvailableError, TierError
 from raytier.execution.parameters import ParameterStatus
 from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier
@@ -162,7 +163,7 @@ class EchoModel:
         defaults = GenerationDefaults(temperature=0.0, stop_token_ids=node.tokenizer.spec.eos_token_ids)
         tokens = int(node.scheduler.max_num_batched_tokens)
         config = EngineConfig(node.scheduler, tokens, tokens, node.max_context, node.tokenizer.vocab_size)
-        self.engine = Engine(MODEL, self.executor, node.tokenizer, self.pool, defaults, config)
+        self.engine = Engine(MODEL, self.executor, node.tokenizer, KVCache([self.pool]), defaults, config)
 
     def _move(self, order: Move) -> MoveResult:
         assert self.move_gate.wait(30), "the test left the gate closed"
