@@ -245,15 +245,18 @@ class BlockPool:
         return count
 
     def _make_room(self, behind: int, n: int) -> None:
-        """Give up cached blocks so that `n` and some more are clean: `behind` if it was not used for long, and then the
-        oldest ones."""
+        """Where few blocks are clean, give up cached ones so that `n` and some more are: `behind` if it was not used for
+        long, and then the oldest ones."""
         cached = self._cached
+        clean, headroom = self.num_free - len(cached), int(_HEADROOM * self._num_blocks)
+        if clean > n + headroom:
+            return
         if (freed := cached.get(behind)) is not None:
             oldest = next(iter(cached.values()))
             if freed - oldest <= (self._clock - oldest) // 2:
                 del cached[behind]
                 self._clean([behind])
-        clean, headroom = self.num_free - len(cached), int(_HEADROOM * self._num_blocks)
+                clean += 1
         if clean < n + headroom // 2:
             self.evict(n + headroom - clean)
 
