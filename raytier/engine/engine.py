@@ -15,12 +15,12 @@ from queue import SimpleQueue
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
-from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, Sink, StepReport, merge
+from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, SequenceUse, Sink, StepReport, merge
 from raytier.engine.requests import CheckedParams, Request, Sample, build_request, check_prompt, check_terms, specify
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.scheduler import Scheduler, SchedulerLimits
 from raytier.engine.sequence import FinishReason
-from raytier.engine.statistics import Statistics
+from raytier.engine.statistics import Statistics, sequence_use
 from raytier.engine.step import StepBatch, StepExecutor, StepResult, StepStats, TokenLogprobs
 from raytier.engine.streams import Mailboxes, StreamReader
 from raytier.engine.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class Engine:
     blocks at once, or when the step in flight has ended if that step writes to them.
 
     Args:
-        kv: the blocks this engine may use; its own from now on.
+        kv: the blocks this engine may use; its own from now on, and others read its policy alone.
         on_step: called on the engine's thread after every step; must not block. `observe` adds further ones.
     """
 
@@ -88,7 +88,7 @@ class Engine:
             config.max_context,
         )
         self._executor = executor
-        self._kv = kv
+        self.kv = kv
         self._observers: tuple[Callable[[StepReport], None], ...] = () if on_step is None else (on_step,)
         self._scheduler = Scheduler(model_id, kv, limits, epoch=config.epoch)
         self._changed = threading.Condition()
@@ -262,10 +262,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            scheduler = self._scheduler
-            return self._statistics.snapshot(
-                scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, self._kv, self._dead
-            )
+            load = self._scheduler.num_running, self._scheduler.num_waiting, self._scheduler.num_preemptions
+            return self._statistics.snapshot(*load, self.kv, self._dead)
+
+    def kv_sequences(self) -> list[SequenceUse]:
+        """The running sequences and their blocks."""
+        with self._changed:
+            return [sequence_use(*each, self.kv) for each in self._by_sequence.values() if each[1].sequence.kv.tables]
 
     @property
     def dead(self) -> str | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from raytier.engine.step import StepStats, TokenLogprobs
-from raytier.kv.cache import CacheCounts, Pressure
 from raytier.kv.ledger import LedgerDelta
+from raytier.kv.usage import CacheCounts, GroupUse, Pressure
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,19 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceUse:
+    """KV of a running sequence: its tokens, those with KV, its blocks over all groups, and of them those that other
+    sequences use as well."""
+
+    request_id: str
+    index: int
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+    shared_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started, and its present load.
 
@@ -195,6 +208,7 @@ class EngineStats:
     kv_blocks_cached: int
     kv_evictions: int
     kv_pressure: Pressure
+    kv_groups: tuple[GroupUse, ...]
     kv: CacheCounts
     last_step: StepStats | None
     total: StepStats

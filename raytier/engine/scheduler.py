@@ -19,8 +19,10 @@ from operator import attrgetter
 from raytier.engine.sequence import FinishReason, Samples, Sequence, Status
 from raytier.engine.step import SequenceChunk, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
-from raytier.kv.cache import BlockCopy, KVCache, Prefix, Pressure
+from raytier.kv.cache import KVCache
 from raytier.kv.ledger import LedgerDelta
+from raytier.kv.tables import BlockCopy, Prefix
+from raytier.kv.usage import Pressure
 
 #: Least prompt tokens per step whose logprobs are computed, so that a crowd of decodes does not starve them.
 _LEAST_ROWS = 16

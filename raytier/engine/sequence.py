@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from raytier.engine.step import Arrival, SequenceSpec
-from raytier.kv.cache import SequenceKV
+from raytier.kv.tables import SequenceKV
 
 
 class Status(StrEnum):

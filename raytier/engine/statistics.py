@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from raytier.engine.outputs import EngineStats, FinishedSample, LoopTimes, OutputDelta, StepReport, add
+from raytier.engine.outputs import EngineStats, FinishedSample, LoopTimes, OutputDelta, SequenceUse, StepReport, add
 from raytier.engine.requests import Request, Sample
 from raytier.engine.step import StepStats
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import LedgerDelta
+
+
+def sequence_use(request: Request, sample: Sample, kv: KVCache) -> SequenceUse:
+    """What a running sample has of the KV."""
+    sequence = sample.sequence
+    return SequenceUse(
+        request.request_id,
+        sequence.spec.sample,
+        len(sequence.tokens),
+        sequence.num_computed,
+        sequence.kv.num_blocks,
+        kv.shared_blocks(sequence.kv),
+    )
 
 
 class Statistics:
@@ -92,6 +105,7 @@ class Statistics:
             kv_blocks_cached=kv.num_cached,
             kv_evictions=kv.num_evictions,
             kv_pressure=kv.pressure,
+            kv_groups=kv.use(),
             kv=replace(kv.counts),
             last_step=self._last_step,
             total=self._total,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from raytier.kv.cache import BlockCopy
+from raytier.kv.tables import BlockCopy
 
 
 @dataclass(frozen=True, slots=True)

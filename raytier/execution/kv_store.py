@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raytier.checkpoint.manifest import KVLayerSpec, kv_windows
-from raytier.kv.cache import BlockCopy
+from raytier.kv.tables import BlockCopy
 
 
 def slot_runs(block_table: tuple[int, ...], block_size: int, start: int, stop: int) -> list[tuple[int, int]]:

@@ -245,8 +245,8 @@ class BlockPool:
         return count
 
     def _make_room(self, behind: int, n: int) -> None:
-        """Where few blocks are clean, give up cached ones so that `n` and some more are: `behind` if it was not used for
-        long, and then the oldest ones."""
+        """Where few blocks are clean, give up cached ones so that `n` and some more are: `behind` if it was not used
+        for long, and then the oldest ones."""
         cached = self._cached
         clean, headroom = self.num_free - len(cached), int(_HEADROOM * self._num_blocks)
         if clean > n + headroom:

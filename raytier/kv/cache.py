@@ -13,101 +13,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import replace
 
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import KVCache as KVConfig
 from raytier.kv.block_pool import NULL_BLOCK, BlockPool
 from raytier.kv.hashing import extend_hashes, root_hash
 from raytier.kv.ledger import LedgerDelta, SequenceDelta
-
-
-class Pressure(StrEnum):
-    """How much of the KV is free: `low` is good news."""
-
-    LOW = "low"
-    HIGH = "high"
-    CRITICAL = "critical"
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """Before the step's tokens are written, the block `target` of a group becomes a copy of `source`."""
-
-    group: int
-    source: int
-    target: int
-
-
-@dataclass(slots=True)
-class SequenceKV:
-    """The blocks of one sequence.
-
-    Invariants: there are no tables, or all cover the tokens with KV; what a group's window has passed is the null
-    block; a block is written to only while it is this sequence's alone and nobody can find it (`KVCache.grow`).
-
-    Attributes:
-        root: parent of the first block's hash.
-        tables: block ids, one table per group.
-        hashes: of the leading full blocks, as far as they were needed.
-        registered: leading blocks that may be found by their hashes.
-        passed: per group, leading blocks that the window has passed.
-    """
-
-    seq_id: int
-    root: bytes = b""
-    tables: list[list[int]] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    registered: int = 0
-    passed: list[int] = field(default_factory=list)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that it refers to, over all groups."""
-        return sum(len(table) - table.count(NULL_BLOCK) for table in self.tables)
-
-    def chunk_tables(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(map(tuple, self.tables))
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """Tokens whose KV is there: `tables` begin a sequence's own, `idle` says how many of their blocks are free now.
-
-    `forked`: they are another sequence's, the last block perhaps not full.
-    """
-
-    num_tokens: int
-    tables: tuple[tuple[int, ...], ...]
-    idle: tuple[int, ...]
-    forked: bool = False
-
-
-@dataclass(slots=True)
-class CacheCounts:
-    """Sums over the life of an engine.
-
-    Attributes:
-        allocations: blocks handed out. failures: times there were none.
-        queries, hits: tokens looked up when sequences began or began again, and those that were found on the device.
-        copies: blocks copied because several sequences shared them. forks: sequences that began with another's blocks.
-    """
-
-    allocations: int = 0
-    failures: int = 0
-    queries: int = 0
-    hits: int = 0
-    copies: int = 0
-    forks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Collection:
-    """What a garbage collection gave up, and how long that took."""
-
-    blocks: int
-    seconds: float
+from raytier.kv.tables import BlockCopy, Prefix, SequenceKV
+from raytier.kv.usage import CacheCounts, Collection, GroupUse, Pressure
 
 
 class KVCache:
@@ -161,6 +75,19 @@ class KVCache:
     @property
     def num_cached(self) -> int:
         return sum(pool.num_cached for pool in self.pools)
+
+    def shared_blocks(self, kv: SequenceKV) -> int:
+        """Blocks of a sequence that others use as well."""
+        return sum(
+            pool.references(block) > 1 for pool, table in zip(self.pools, kv.tables, strict=False) for block in table
+        )
+
+    def use(self) -> tuple[GroupUse, ...]:
+        """Of every group."""
+        return tuple(
+            GroupUse(window, pool.num_blocks, pool.num_used, pool.num_cached)
+            for window, pool in zip(self.windows, self.pools, strict=True)
+        )
 
     @property
     def num_evictions(self) -> int:

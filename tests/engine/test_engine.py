@@ -370,7 +370,8 @@ def test_an_abort_frees_everything_within_the_step(house: House) -> None:
     gate = Gate()
     engine = house.build(before_step=gate.before_step)
     sinks = [Collector(), Collector()]
-    ids = [engine.submit([1, 2, 3, 4, 5], replace(GREEDY, max_tokens=50), sink) for sink in sinks]
+    prompts = ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10])  # they share nothing
+    ids = [engine.submit(p, replace(GREEDY, max_tokens=50), sink) for p, sink in zip(prompts, sinks, strict=True)]
     gate.wait_for_step()
     gate.let_through()
     gate.wait_for_step()  # the second step runs, and the blocks of both are being written

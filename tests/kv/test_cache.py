@@ -9,8 +9,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from raytier.config import KVCache as KVConfig
 from raytier.kv.block_pool import NULL_BLOCK, BlockPool
-from raytier.kv.cache import BlockCopy, KVCache, Pressure, SequenceKV
+from raytier.kv.cache import KVCache
 from raytier.kv.ledger import GroupShape, LeaseLedger
+from raytier.kv.tables import BlockCopy, SequenceKV
+from raytier.kv.usage import Pressure
 
 SIZE = 4
 
