@@ -200,6 +200,50 @@ def test_samples_are_queued_all_or_none() -> None:
     assert scheduler.num_waiting == 3
 
 
+def test_one_sample_computes_the_prompt_and_the_others_wait_for_it() -> None:
+    scheduler, pool, executor = make(tokens=8, blocks=60)
+    prompt = [(3 * position) % VOCAB for position in range(18)]
+    samples = [Sequence(i, list(prompt), 18, 22, SequenceSpec(1.0, seed=5, sample=i)) for i in (1, 2, 3)]
+    scheduler.add(*samples)
+    scheduler.add(sequence(4, 3, 2))
+    shapes = []
+    while (batch := scheduler.schedule()) is not None:
+        shapes.append(shape(batch))
+        scheduler.apply(executor.step(batch))
+        scheduler.check_integrity()
+    assert shapes[:4] == [
+        [(1, 0, 8)],
+        [(1, 8, 8)],
+        [(1, 16, 2), (4, 0, 3)],
+        [(1, 18, 1), (4, 3, 1), (2, 17, 1), (3, 17, 1)],
+    ]
+    assert [len(batch.copies) for batch in executor.batches[:5]] == [0, 0, 0, 2, 0]
+    assert [s.num_cached for s in samples] == [0, 17, 17]
+    for each in samples:
+        reference = list(prompt)
+        for position in range(4):
+            reference.append(next_token(reference, each.spec.draw(position), VOCAB))
+        assert each.tokens == reference
+    assert pool.num_used == 0
+
+
+def test_the_next_sample_computes_the_prompt_when_the_first_has_gone() -> None:
+    scheduler, pool, executor = make(tokens=8, blocks=60)
+    samples = [Sequence(i, [5] * 18, 18, 20, SequenceSpec(seed=5, sample=i)) for i in (1, 2, 3)]
+    scheduler.add(*samples)
+    batch = scheduler.schedule()
+    assert shape(batch) == [(1, 0, 8)]
+    scheduler.finish(samples[0], FinishReason.ABORT)
+    assert batch is not None
+    scheduler.apply(executor.step(batch))
+    batch = scheduler.schedule()
+    assert shape(batch)[0][0] == 2
+    assert batch is not None
+    scheduler.apply(executor.step(batch))
+    run(scheduler, executor)
+    assert all(s.finished for s in samples) and pool.num_used == 0
+
+
 def test_logprobs_of_prompts_are_bounded_per_step() -> None:
     """16 rows at least, 2 per sequence that may run and does not decode; a prompt without them is not held up."""
     scheduler, pool, executor = make(seqs=12, blocks=60, tokens=40, context=200)
@@ -353,18 +397,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         new=st.integers(1, 18),
         priority=st.integers(-1, 1),
         logprobs=st.sampled_from([None, None, 0]),
+        kind=st.integers(0, 2),
+        samples=st.sampled_from([1, 1, 2, 4]),
     )
-    def add(self, prompt: int, new: int, priority: int, logprobs: int | None) -> None:
-        self.ids += 1
-        arrival = sequence(self.ids, prompt, new - (logprobs == 0), priority=priority, logprobs=logprobs)
+    def add(self, prompt: int, new: int, priority: int, logprobs: int | None, kind: int, samples: int) -> None:
+        """Prompts are prefixes of one of three texts, so that blocks are found."""
+        tokens = [(kind * 7 + position) % VOCAB for position in range(prompt)]
+        arrivals = []
+        for sample in range(samples):
+            self.ids += 1
+            spec = SequenceSpec(1.0, seed=self.ids, sample=sample, prompt_logprobs=None if sample else logprobs)
+            longest = prompt + new - (logprobs == 0)
+            arrivals.append(Sequence(self.ids, list(tokens), prompt, longest, spec, frozenset(), priority))
         try:
-            self.scheduler.add(arrival)
+            self.scheduler.add(*arrivals)
         except QueueFullError:
-            assert self.scheduler.num_waiting >= 4
+            assert self.scheduler.num_waiting + samples > 4
         except InvalidRequestError:
             assert prompt + new - 1 > 48
         else:
-            self.sequences.append(arrival)
+            self.sequences += arrivals
 
     @precondition(lambda self: self.batch is None)
     @rule()
@@ -388,6 +440,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert {s.seq_id for s, token in drawn if token is not None} <= alive
         for each, token in drawn:
             assert token is not None or each.max_tokens == each.prompt_len
+            if token is not None:
+                draw = each.spec.draw(each.num_output - 1)
+                assert token == next_token(each.tokens[:-1], draw, VOCAB), "it was drawn from another history"
             assert each.spec.prompt_logprobs is None or each.logprobs_known == max(1, each.prompt_len)
         self.batch = None
 
@@ -396,7 +451,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         victim = data.draw(st.sampled_from([s for s in self.sequences if not s.finished]))
         in_flight = self.batch is not None and victim.seq_id in {c.seq_id for c in self.batch.chunks}
-        used, held = self.pool.num_used, victim.kv.num_blocks
+        used = self.pool.num_used
+        held = sum(self.pool.references(block) == 1 for table in victim.kv.tables for block in table)
         assert self.scheduler.finish(victim, FinishReason.ABORT)
         assert not self.scheduler.finish(victim, FinishReason.ABORT)
         assert self.pool.num_used == used - (0 if in_flight else held)
