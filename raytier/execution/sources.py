@@ -69,6 +69,14 @@ class Sources:
             return self.checkpoint.by_name[name]
         return parameter
 
+    def by_rows(self, name: str) -> Parameter:
+        """The parameter where single rows of it can be read: what is coded is so in the checkpoint only."""
+        parameter = self.manifest.by_name[name]
+        stored = parameter.stored
+        if stored is not None and (stored.form is not None or stored.codec.name != "none"):
+            return self.checkpoint.by_name[name]
+        return parameter
+
     def _open(self, file: SourceFile, tier: Tier) -> int:
         number = self._numbers.get(file.path)
         if number is None:

@@ -16,7 +16,7 @@ from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvail
 from raytier.tiers.aligned import align_up
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.copying import CopyJob, Opener, copy_all, most_nbytes
-from raytier.tiers.owners import OwnedDirectory, owner_name, remove_leftovers
+from raytier.tiers.owners import KeptDirectory, OwnedDirectory, owner_name, remove_leftovers
 from raytier.tiers.striping import file_sizes, stripe_extents
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,19 @@ class TierUsage:
     errors: int
     directories: tuple[DirectoryUsage, ...]
 
+    def __add__(self, other: TierUsage) -> TierUsage:
+        """Of both, which share their capacity."""
+        return TierUsage(
+            self.files + other.files,
+            self.nbytes + other.nbytes,
+            self.capacity,
+            self.writes + other.writes,
+            self.bytes_written + other.bytes_written,
+            self.source_bytes_read + other.source_bytes_read,
+            self.errors + other.errors,
+            self.directories + other.directories,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
@@ -77,10 +90,11 @@ class _Placed:
 
 
 class TierFiles:
-    """Copies of parameters, one file per parameter and directory, for as long as this process lives.
+    """Copies of parameters, one file per parameter and directory.
 
-    Files lie in a directory of this process below each of `directories`; those of processes that have died are removed
-    when the next one starts. Names on disk are hashes: no model or parameter name reaches a path.
+    Files lie in a directory of this process below each of `directories`, for as long as it lives; those of processes
+    that have died are removed when the next one starts. With `kept`, they lie in one for all, and stay. Names on disk
+    are hashes: no model or parameter name reaches a path.
 
     Stores and removals wait for each other; everything else answers at once. Any thread may call anything.
 
@@ -94,6 +108,7 @@ class TierFiles:
         min_free_bytes: stays free on every filesystem.
         advice: what the user can do when there is no room.
         owner: name of the own directories; None: this process.
+        others: bytes that count towards the capacity as well.
         opener: stand-in for `os.open` of the files that are written (fault injection).
 
     Raises:
@@ -110,6 +125,8 @@ class TierFiles:
         *,
         advice: str = "remove something",
         owner: str | None = None,
+        kept: bool = False,
+        others: Callable[[], int] = int,
         opener: Opener = os.open,
     ) -> None:
         if not directories or stripe_bytes <= 0:
@@ -119,14 +136,18 @@ class TierFiles:
         self._min_free = min_free_bytes
         self._advice = advice
         self._opener = opener
+        self._others = others
         self._stored: dict[str, dict[str, _Stored]] = {}  # model -> parameter -> copy
         self._writes = self._bytes_written = self._source_bytes_read = self._errors = 0
         self._lock = threading.Lock()  # the fields above
         self._storing = threading.Lock()  # the files; taken before `_lock`
         self._closing = threading.Event()
-        self._directories: list[OwnedDirectory] = []
+        self._directories: list[OwnedDirectory | KeptDirectory] = []
         try:
             for path in directories:
+                if kept:
+                    self._directories.append(KeptDirectory(os.path.realpath(path)))
+                    continue
                 for leftover in remove_leftovers(path):
                     logger.info("removed %s, left by a process that has died", leftover)
                 self._directories.append(OwnedDirectory(os.path.realpath(path), owner or owner_name()))
@@ -178,7 +199,7 @@ class TierFiles:
         with self._lock:
             held = dict(self._stored.get(model_id, {}))
             usage = self._usage()
-            stored_bytes = sum(nbytes for _, nbytes in usage)
+            stored_bytes = sum(nbytes for _, nbytes in usage) + self._others()
         used = [nbytes for _, nbytes in usage]
         devices = [os.stat(directory.path).st_dev for directory in self._directories]
         room: dict[int, int] = {}  # per filesystem
@@ -282,6 +303,17 @@ class TierFiles:
             f"{path} is full ({error.strerror}): {missing} bytes were still to be written, {free} are free; "
             f"{self._advice}"
         )
+
+    def register(self, model_id: str, name: str, copy: TierCopy) -> None:
+        """Take a copy that is there for one that this has stored.
+
+        Raises:
+            ValueError: a file is in none of the own directories.
+        """
+        paths = list(self.paths)
+        numbers = tuple(paths.index(os.path.dirname(file.path)) for file in copy.files)
+        with self._lock:
+            self._stored.setdefault(model_id, {})[name] = _Stored(copy, numbers)
 
     def remove(self, model_id: str, names: Sequence[str] | None = None) -> int:
         """Remove the copies of these parameters (None: all of the model), which nobody reads any more.
