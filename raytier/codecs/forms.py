@@ -2,15 +2,16 @@
 
 A form says that for a matrix `[rows, columns]`; its bytes are one piece, without what a file may add (codecs do that).
 Kernels compute on them as they are (`execution/kernels/forms.h` has the same layouts), and every form decodes to the
-weight that `F.linear` would have to be given for the same result, up to the order of summation. What is used by parts of
-its rows (an output head that streams in chunks) is encoded by such parts, each one piece.
+weight that `F.linear` would have to be given for the same result, up to rounding and the order of summation. What is
+used by parts of its rows (an output head that streams in chunks) is encoded by such parts, each one piece.
 
 - plain: elements of a dtype, row-major, as safetensors has them.
+- `bf16-coded`: lossless, see `coded`; how many bytes depends on the weights.
 - `int8`, `int8-dynamic`: numbers -127..127 row-major, padding to 64 bytes, then a scale per row in fp32; weight =
   scale * number. The two differ in what kernels do with activations.
 - `int4-32`, `int4-64`, `int4-128`: each row by itself, in blocks of 64 (of 128 with groups of 128) columns: for every
   group of columns a scale and a minimum in bf16, then 32 bytes for each 64 columns, whose low halves are the first 32
-  columns and whose high halves the others; weight = bf16(minimum + scale * number).
+  columns and whose high halves the others; weight = minimum + scale * number.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytier.codecs import coded
 from raytier.errors import ConfigurationError
 
 Bytes = NDArray[np.uint8]
@@ -43,7 +46,7 @@ class Form:
     """A form by its name; `FORMS` has all of them.
 
     Attributes:
-        dtype: of the elements, where they are plain (a name of safetensors' kind: `bfloat16`), else None.
+        dtype: of the elements, where they are plain (torch's name without the prefix: `bfloat16`), else None.
         group: columns that share a scale; 0 where a whole row does.
     """
 
@@ -52,16 +55,22 @@ class Form:
     group: int = 0
 
     @property
+    def coded(self) -> bool:
+        return self.name == "bf16-coded"
+
+    @property
     def lossy(self) -> bool:
         """Whether it cannot hold every bf16 weight."""
-        return self.dtype is None or self.name == "fp16"
+        return not self.coded and (self.dtype is None or self.name == "fp16")
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of this shape can have the form: everything can be plain, the others are for matrices."""
         return self.dtype is not None or (len(shape) == 2 and shape[0] % 16 == shape[1] % max(64, self.group) == 0)
 
-    def nbytes(self, shape: Sequence[int]) -> int:
-        """Bytes of a parameter that `fits`."""
+    def nbytes(self, shape: Sequence[int]) -> int | None:
+        """Bytes of a parameter that `fits`; None where they depend on its weights."""
+        if self.coded:
+            return None
         if self.dtype is not None:
             return prod(shape) * _PLAIN[self.name][1]
         rows, columns = shape
@@ -85,6 +94,7 @@ class Form:
 
         Raises:
             ValueError: it has no such form, or `source` has not the bytes that it should have.
+            DoesNotShrinkError: coded, it would be no smaller. RuntimeError: see `coded.use_kernels`.
         """
         if not self.fits(shape):
             raise ValueError(f"a parameter of shape {tuple(shape)} has no form {self.name}")
@@ -92,27 +102,33 @@ class Form:
             raise ValueError(f"{source.size} bytes for a parameter of shape {tuple(shape)} in {dtype}")
         if self.dtype == dtype:
             return source
+        if self.coded and dtype == "bfloat16":
+            return coded.encode(source, *shape)
         weights = to_float(source, dtype)
-        if self.dtype is not None:
-            return _from_float(weights, self.dtype)
+        if self.coded or self.dtype is not None:
+            rounded = _from_float(weights, self.dtype or "bfloat16")
+            return coded.encode(rounded, *shape) if self.coded else rounded
         weights = weights.reshape(tuple(shape))
         return self._encode_int4(weights) if self.group else _encode_int8(weights)
 
-    def decode(self, data: Bytes, shape: Sequence[int]) -> Floats:
-        """The weights, of shape `shape`, that these bytes stand for."""
+    def decode(self, data: Bytes, shape: Sequence[int], start: int = 0, stop: int | None = None) -> Floats:
+        """The weights of rows [start, stop) of a parameter of shape `shape` whose bytes in this form are `data`."""
         if self.dtype is not None:
-            return to_float(data, self.dtype).reshape(tuple(shape))
+            return to_float(data, self.dtype).reshape(tuple(shape))[start:stop]
         rows, columns = shape
+        count = (rows if stop is None else stop) - start
+        if self.coded:
+            return to_float(coded.decode(data, start, count, columns), "bfloat16").reshape(count, columns)
         if not self.group:
             scales = data[_padded(rows * columns) :].view(np.float32)
-            return data[: rows * columns].view(np.int8).reshape(rows, columns) * scales[:, None]
-        blocks = data.reshape(rows, columns // self._block, self._block_bytes)
+            numbers = data[: rows * columns].view(np.int8).reshape(rows, columns)
+            return numbers[start:stop] * scales[start:stop, None]
+        blocks = data.reshape(rows, columns // self._block, self._block_bytes)[start:stop]
         head = 4 * (self._block // self.group)
         scale, least = _pairs(blocks[..., :head])
-        packed = blocks[..., head:].reshape(rows, columns // 64, 32)
-        numbers = np.concatenate((packed & 15, packed >> 4), axis=2).reshape(rows, columns // self.group, self.group)
-        weights = scale.reshape(rows, -1, 1) * numbers + least.reshape(rows, -1, 1)
-        return to_float(_from_float(weights.astype(np.float32), "bfloat16"), "bfloat16").reshape(rows, columns)
+        packed = blocks[..., head:].reshape(count, columns // 64, 32)
+        numbers4 = np.concatenate((packed & 15, packed >> 4), axis=2).reshape(count, columns // self.group, self.group)
+        return (scale.reshape(count, -1, 1) * numbers4 + least.reshape(count, -1, 1)).reshape(count, columns)
 
     def _encode_int4(self, weights: Floats) -> Bytes:
         rows, columns = weights.shape
@@ -140,8 +156,10 @@ def _itemsize(dtype: str) -> int:
 def to_float(data: Bytes, dtype: str) -> Floats:
     """Elements of `float32`, `float16` or `bfloat16` as fp32, flat."""
     if dtype == "bfloat16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return data.view(dtype).astype(np.float32)
+        wide: Floats = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return wide
+    elements: NDArray[np.floating[Any]] = data.view(dtype)
+    return elements.astype(np.float32)
 
 
 def _from_float(weights: Floats, dtype: str) -> Bytes:
@@ -204,7 +222,8 @@ def _fit_int4(groups: Floats) -> tuple[Bytes, Bytes]:
 
 def _assign(groups: Floats, scale: Floats, least: Floats) -> Floats:
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    return np.clip(np.rint((groups - least) * inverse), 0, _LEVELS)
+    numbers: Floats = np.clip(np.rint((groups - least) * inverse), 0, _LEVELS)
+    return numbers
 
 
 def _least_squares(groups: Floats, numbers: Floats) -> tuple[Floats, Floats]:
@@ -218,6 +237,7 @@ def _least_squares(groups: Floats, numbers: Floats) -> tuple[Floats, Floats]:
 
 FORMS: dict[str, Form] = {
     **{name: Form(name, dtype) for name, (dtype, _) in _PLAIN.items()},
+    "bf16-coded": Form("bf16-coded"),
     "int8": Form("int8"),
     "int8-dynamic": Form("int8-dynamic"),
     **{f"int4-{group}": Form(f"int4-{group}", group=group) for group in INT4_GROUPS},

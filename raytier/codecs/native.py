@@ -65,3 +65,7 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+#: What codecs and forms have in C, for this processor.
+CODECS = NativeLibrary("codecs", Path(__file__).parent / "kernels", ("-O3", "-march=native"))

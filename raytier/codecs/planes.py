@@ -11,19 +11,17 @@ import logging
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from raytier.codecs.native import NativeLibrary
+from raytier.codecs.native import CODECS
 
 logger = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
-_LIBRARY = NativeLibrary("planes", Path(__file__).parent / "kernels", ("-O3", "-march=native"))
 _merge: dict[int, Any] = {}
 
 
@@ -44,7 +42,7 @@ def use_kernels(cache_dir: str) -> bool:
     """Merge planes in C, compiled and kept in `cache_dir`; without a compiler numpy does it, slower."""
     if not _merge:
         try:
-            library = _LIBRARY.load(cache_dir)
+            library = CODECS.load(cache_dir)
         except (OSError, subprocess.SubprocessError) as error:
             logger.warning("byte planes are merged by numpy, more slowly: %s", error)
             return False

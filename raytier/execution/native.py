@@ -25,6 +25,7 @@ class Features(IntFlag):
 
     DOT_BF16 = 1
     TILES_BF16 = 2
+    FORMS = 4
 
 
 def why_none() -> str | None:

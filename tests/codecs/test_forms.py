@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raytier.codecs.forms import FORMS, INT4_GROUPS, form_of, to_float
 from raytier.errors import ConfigurationError
 
-QUANTISED = [name for name, form in FORMS.items() if form.dtype is None]
+QUANTISED = [name for name, form in FORMS.items() if form.dtype is None and not form.coded]
 
 
 def _weights(rows: int, columns: int, seed: int = 0) -> np.ndarray:
