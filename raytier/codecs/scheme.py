@@ -53,7 +53,13 @@ def form_parts(
 
     Args:
         read: gives bytes [start, stop) of the parameter's `nbytes` in the checkpoint, valid until the next call.
+
+    Raises:
+        DoesNotShrinkError, RuntimeError: see `Form.encode`; nothing has been given out then.
     """
+    if form is not None and form.coded:  # one piece, of which nobody knows the size before it is made
+        yield form.encode(read(0, nbytes), dtype, shape)
+        return
     if form is None or form.dtype == dtype:
         for start in range(0, nbytes, _AT_ONCE):
             yield read(start, min(nbytes, start + _AT_ONCE))

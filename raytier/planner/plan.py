@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from math import prod
 
 from raytier.checkpoint.manifest import Parameter
 from raytier.codecs.scheme import PLAIN, Scheme
@@ -32,6 +33,10 @@ _RATIOS = {
 }
 
 
+#: Upper estimate of what coded exponents leave of bf16 weights.
+_CODED_RATIO = 0.72
+
+
 @dataclass(frozen=True)
 class TierSchemes:
     """The scheme of every parameter on every tier: `PLAIN` where `by_tier` does not say.
@@ -49,7 +54,10 @@ class TierSchemes:
     def held_nbytes(self, parameter: Parameter, tier: Tier) -> int:
         """Bytes of a parameter where it is computed on from a tier other than the device: in memory, or in the ring."""
         form = self.of(parameter.name, tier).form
-        return parameter.nbytes if form is None else form.nbytes(parameter.shape)
+        if form is None:
+            return parameter.nbytes
+        nbytes = form.nbytes(parameter.shape)
+        return int(2 * _CODED_RATIO * prod(parameter.shape)) if nbytes is None else nbytes
 
     def file_nbytes(self, parameter: Parameter, tier: Tier) -> int:
         """Bytes that files of a tier take for a parameter, as far as can be said before it is coded."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from raytier.checkpoint.manifest import Extent, Parameter, SourceFile, Stored
 from raytier.codecs.codec import Encoder, Frames, checksum, frame_ranges, frame_step
+from raytier.codecs.coded import DoesNotShrinkError
 from raytier.codecs.forms import Bytes
 from raytier.codecs.scheme import Scheme, element_of, form_parts
 from raytier.errors import CheckpointError, TierError
@@ -148,10 +149,16 @@ class _Source:
 def _copy(
     job: CopyJob, source: _Source, written: memoryview, wrote: Callable[[int, int], None], opener: Opener
 ) -> TierCopy:
-    parameter, scheme = job.parameter, job.scheme
-    parts = form_parts(scheme.form, partial(source.read, parameter), parameter.nbytes, parameter.dtype, parameter.shape)
-    encoder = Encoder(scheme.codec, element_of(scheme.form, parameter.dtype))
-    nbytes = scheme_nbytes(parameter, scheme)
+    parameter, form = job.parameter, job.scheme.form
+    parts = form_parts(form, partial(source.read, parameter), parameter.nbytes, parameter.dtype, parameter.shape)
+    nbytes = parameter.nbytes if form is None else form.nbytes(parameter.shape)
+    if nbytes is None:
+        try:
+            whole = next(parts)
+        except DoesNotShrinkError:
+            return _copy(replace(job, scheme=replace(job.scheme, form=None)), source, written, wrote, opener)
+        parts, nbytes = iter([whole]), len(whole)
+    encoder = Encoder(job.scheme.codec, element_of(form, parameter.dtype))
     step = frame_step(nbytes, parameter.shape[0] if parameter.shape else 1)
     sizes: list[int] = []
     checksums: list[int] = []
@@ -257,14 +264,10 @@ class _Striped:
 
 def most_nbytes(parameter: Parameter, scheme: Scheme) -> int:
     """Upper bound of the bytes that a parameter takes in its files, padding left out."""
-    nbytes = scheme_nbytes(parameter, scheme)
+    nbytes = None if scheme.form is None else scheme.form.nbytes(parameter.shape)
+    nbytes = parameter.nbytes if nbytes is None else nbytes
     step = frame_step(nbytes, parameter.shape[0] if parameter.shape else 1)
     return sum(scheme.codec.most_bytes(stop - start) for start, stop in frame_ranges(nbytes, step))
-
-
-def scheme_nbytes(parameter: Parameter, scheme: Scheme) -> int:
-    """Bytes of a parameter in a scheme's form."""
-    return parameter.nbytes if scheme.form is None else scheme.form.nbytes(parameter.shape)
 
 
 def _gather(

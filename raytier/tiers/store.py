@@ -214,7 +214,8 @@ class _Book:
                 entry["nbytes"], entry["step"], tuple(entry["sizes"]), tuple(int(sum_, 16) for sum_ in entry["xxh3"])
             )
             extents = tuple(Extent(*map(int, extent)) for extent in entry["extents"])
-            stored = Stored(scheme.form, scheme.codec, frames, extents)
+            form = scheme.form if entry["form"] else None
+            stored = Stored(form, scheme.codec, frames, extents)
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: entry of %s is damaged: %r", self.path, parameter.name, error)
             return None
@@ -235,6 +236,7 @@ class _Book:
         self.entries.setdefault(parameter.name, {})[scheme.version] = {
             "dtype": parameter.dtype,
             "shape": list(parameter.shape),
+            "form": copy.stored.form is not None,  # what does not shrink in it has stayed as it was
             "nbytes": frames.nbytes,
             "step": frames.step,
             "sizes": list(frames.sizes),
