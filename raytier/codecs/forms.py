@@ -59,6 +59,11 @@ class Form:
         return self.name == "bf16-coded"
 
     @property
+    def dynamic(self) -> bool:
+        """Whether activations are computed in 8 bits as well."""
+        return self.name == "int8-dynamic"
+
+    @property
     def lossy(self) -> bool:
         """Whether it cannot hold every bf16 weight."""
         return not self.coded and (self.dtype is None or self.name == "fp16")
@@ -120,8 +125,7 @@ class Form:
         if self.coded:
             return to_float(coded.decode(data, start, count, columns), "bfloat16").reshape(count, columns)
         if not self.group:
-            scales = data[_padded(rows * columns) :].view(np.float32)
-            numbers = data[: rows * columns].view(np.int8).reshape(rows, columns)
+            numbers, scales = self.integers(data, shape)
             return numbers[start:stop] * scales[start:stop, None]
         blocks = data.reshape(rows, columns // self._block, self._block_bytes)[start:stop]
         head = 4 * (self._block // self.group)
@@ -129,6 +133,12 @@ class Form:
         packed = blocks[..., head:].reshape(count, columns // 64, 32)
         numbers4 = np.concatenate((packed & 15, packed >> 4), axis=2).reshape(count, columns // self.group, self.group)
         return (scale.reshape(count, -1, 1) * numbers4 + least.reshape(count, -1, 1)).reshape(count, columns)
+
+    def integers(self, data: Bytes, shape: Sequence[int]) -> tuple[NDArray[np.int8], Floats]:
+        """Numbers `[rows, columns]` and scales `[rows]` of one of the forms in 8 bits: views of `data`."""
+        rows, columns = shape
+        scales: Floats = data[_padded(rows * columns) :].view(np.float32)
+        return data[: rows * columns].view(np.int8).reshape(rows, columns), scales
 
     def _encode_int4(self, weights: Floats) -> Bytes:
         rows, columns = weights.shape

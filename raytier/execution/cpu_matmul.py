@@ -11,7 +11,7 @@ from raytier.execution.cpu_kernels import INT, LONG, POINTER, is_plain, library
 from raytier.execution.formed import FormedWeight, Weight
 
 #: Numbers of the forms in `kernels/bf16.h`.
-_CODES = {"bf16-coded": 1, "int8": 2, "int4-32": 3, "int4-64": 4, "int4-128": 5}
+_CODES = {"bf16-coded": 1, "int8": 2, "int4-32": 3, "int4-64": 4, "int4-128": 5, "int8-dynamic": 6}
 #: Up to so many rows dot products are faster than tiles: with plain weights, and with others.
 _DOT_BEST, _DOT_BEST_FORMED = 4, 2
 

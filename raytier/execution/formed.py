@@ -33,6 +33,11 @@ class FormedWeight:
         weights = self.form.decode(self.data.numpy(), self.shape, first, first + count)
         return torch.from_numpy(weights).to(self.dtype)
 
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Numbers `[outputs, inputs]` in int8 and scales `[outputs]` in fp32 of a form in 8 bits, without a copy."""
+        numbers, scales = self.form.integers(self.data.numpy(), self.shape)
+        return torch.from_numpy(numbers), torch.from_numpy(scales)
+
 
 #: What a linear layer may have as its weight.
 Weight = Tensor | FormedWeight

@@ -37,9 +37,23 @@ def apply(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, whose result this is up to the order of summation: hidden `[..., in]`, weight `[out, in]`."""
     if cpu_matmul.fits_linear(hidden, weight):
         return cpu_matmul.linear(hidden, weight, bias)
-    if isinstance(weight, FormedWeight):
-        return _apply_in_parts(hidden, weight, bias)
-    return linear(hidden, weight, bias)
+    if not isinstance(weight, FormedWeight):
+        return linear(hidden, weight, bias)
+    if weight.form.dynamic:
+        return _apply_dynamic(hidden, weight, bias)
+    return _apply_in_parts(hidden, weight, bias)
+
+
+def _apply_dynamic(hidden: Tensor, weight: FormedWeight, bias: Tensor | None) -> Tensor:
+    """Weights and activations in 8 bits, these with a scale for every row of them; sums are exact."""
+    numbers, scales = weight.integers()
+    rows = hidden.reshape(-1, hidden.shape[-1]).float()
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    quantised = (rows * torch.where(scale > 0, 1 / scale, 0)).round().to(torch.int8)
+    result = torch._int_mm(quantised, numbers.t()).float() * (scale * scales)
+    if bias is not None:
+        result += bias
+    return result.to(hidden.dtype).view(*hidden.shape[:-1], -1)
 
 
 def _apply_in_parts(hidden: Tensor, weight: FormedWeight, bias: Tensor | None) -> Tensor:

@@ -77,6 +77,34 @@ def test_same_result_without_kernels(name: str, dtype: torch.dtype, monkeypatch:
         close(linears.apply(hidden, given, bias), hidden, given, bias)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("inputs", [128, 640])
+@torch.inference_mode()
+def test_activations_in_8_bits(kernels: None, rows: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels, by torch, and as the definition says: sums of products of integers, but for the last rounding."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = (torch.randn(96, inputs, generator=generator) * 0.03).to(BF16)
+    hidden = torch.randn(rows, inputs, generator=generator).to(BF16)
+    bias = torch.randn(96, generator=generator).to(BF16)
+    hidden[0] *= 100
+    if rows > 2:
+        hidden[2] = 0
+    given = formed("int8-dynamic", weight)
+    numbers, scales = given.integers()
+    scale = hidden.float().abs().amax(1, keepdim=True) / 127
+    quantised = (hidden.float() * torch.where(scale > 0, 1 / scale, 0)).round()
+    assert int(quantised.abs().max()) == 127
+    exact = (quantised.double() @ numbers.double().t()) * (scale * scales).double()
+    for added in (None, bias):
+        expected = exact if added is None else exact + added.double()
+        for patch in ({}, {"_library": None}):
+            with monkeypatch.context() as context:
+                for name, value in patch.items():
+                    context.setattr(cpu_kernels, name, value)
+                result = linears.apply(hidden, given, added)
+            assert bool(((result.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * exact.abs()).all())
+
+
 @torch.inference_mode()
 def test_coded_weights_give_what_plain_ones_give(kernels: None) -> None:
     """The same products in fp32, summed in the same order, where both are computed by dot products (B4)."""

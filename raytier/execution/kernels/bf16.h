@@ -59,7 +59,7 @@ static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pb
 /* ---- linear_bf16.c, linear_forms.c: what one thread does of a linear layer ---- */
 
 /* How the numbers of a weight are written (codecs/forms.py). */
-enum { PLAIN, CODED, INT8, INT4_32, INT4_64, INT4_128 };
+enum { PLAIN, CODED, INT8, INT4_32, INT4_64, INT4_128, INT8_DYNAMIC };
 
 /* A weight [outputs][inputs] with its bias [outputs] or NULL; outputs a multiple of 16, inputs of 32, or of the blocks
    that the form has. */
@@ -80,6 +80,7 @@ void linear_end(int tiles);
 typedef struct {
     const bf16 *x;     /* as they are, or arranged for tiles */
     const void *words; /* in 16 bits, for dot products with integers */
+    const void *bytes; /* in 8 bits, for INT8_DYNAMIC */
 } prepared_t;
 
 /* Bytes of room, a multiple of 64, for `prepared_t` of M rows with K columns and weights of these forms. */
@@ -91,11 +92,15 @@ static inline int forms_of(int form) { return 1 << form; }
 /* out[m * S + n - first] for n in [first, first + width), multiples of 16. */
 void linear_columns(const prepared_t *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S,
                     int tiles);
-/* The same where the form is not PLAIN; `prepared` is what it needs. */
+/* The same for forms that are not PLAIN, and for INT8_DYNAMIC; `prepared` is what they need. */
 void form_columns(const void *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S, int tiles);
-/* Room in bytes for activations in 16 bits, and how they come there. */
+void dynamic_columns(const void *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S,
+                     int tiles);
+/* Room in bytes for activations in 16 bits or in 8, and how they come there. */
 long words_room(long M, long K);
 void words_prepare(const bf16 *x, void *room, long M, long K);
+long bytes_room(long M, long K, int tiles);
+void bytes_prepare(const bf16 *x, void *room, long M, long K, int tiles);
 /* So many columns of N at a time: small enough that threads of unequal speed end together. */
 long linear_chunk(long N, int threads);
 

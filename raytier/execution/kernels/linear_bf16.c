@@ -19,7 +19,8 @@
 #define DOT_AHEAD 512 /* columns that a row of the weight is fetched ahead: 1 KiB */
 #define TILES_AHEAD 4 /* tiles that are */
 
-/* What this processor and its system allow: bit 0 VDPBF16PS, bit 1 TDPBF16PS, bit 2 what linear_forms.c needs. */
+/* What this processor and its system allow: bit 0 VDPBF16PS, bit 1 TDPBF16PS and TDPBSSD, bit 2 what other forms
+   than bf16 need. */
 int raytier_linear_features(void)
 {
     int found = 0;
@@ -28,7 +29,7 @@ int raytier_linear_features(void)
         found |= 1;
     unsigned a = 7, b, c = 0, d;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (((d >> 22) & 1) && ((d >> 24) & 1) && (found & 1))
+    if (((d >> 22) & 1) && ((d >> 24) & 1) && ((d >> 25) & 1) && (found & 1))
         if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0)
             found |= 2;
     if ((found & 1) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
@@ -194,22 +195,28 @@ void linear_end(int tiles)
 }
 
 static long rows_for(long M) { return M <= 16 ? 16 : M <= 32 ? 32 : 64; }
-static int needs_words(int tiles, int forms) { return !tiles && (forms & ~(forms_of(PLAIN) | forms_of(CODED))); }
+#define WITH_WORDS (forms_of(INT8) | forms_of(INT4_32) | forms_of(INT4_64) | forms_of(INT4_128))
 
 long linear_room(long M, long K, int tiles, int forms)
 {
+    long room = forms & forms_of(INT8_DYNAMIC) ? bytes_room(M, K, tiles) : 0;
     if (tiles)
-        return rows_for(M) * K * (long)sizeof(bf16);
-    return needs_words(tiles, forms) ? words_room(M, K) : 0;
+        return room + (forms & ~forms_of(INT8_DYNAMIC) ? rows_for(M) * K * (long)sizeof(bf16) : 0);
+    return room + (forms & WITH_WORDS ? words_room(M, K) : 0);
 }
 
 prepared_t linear_prepare(const bf16 *x, void *room, long M, long K, int tiles, int forms)
 {
-    prepared_t prepared = {x, NULL};
-    if (tiles) {
+    prepared_t prepared = {x, NULL, NULL};
+    if (forms & forms_of(INT8_DYNAMIC)) {
+        bytes_prepare(x, room, M, K, tiles);
+        prepared.bytes = room;
+        room = (uint8_t *)room + bytes_room(M, K, tiles);
+    }
+    if (tiles && forms & ~forms_of(INT8_DYNAMIC)) {
         arrange(x, room, K / 32, M, rows_for(M) / 16, K);
         prepared.x = room;
-    } else if (needs_words(tiles, forms)) {
+    } else if (!tiles && forms & WITH_WORDS) {
         words_prepare(x, room, M, K);
         prepared.words = room;
     }
@@ -221,7 +228,9 @@ void linear_columns(const prepared_t *prepared, const matrix_t *w, long first, l
 {
     const long K = w->inputs;
     const bf16 *weight = (const bf16 *)w->data + first * K, *bias = w->bias ? w->bias + first : NULL, *x = prepared->x;
-    if (w->form != PLAIN)
+    if (w->form == INT8_DYNAMIC)
+        dynamic_columns(prepared->bytes, w, first, width, out, M, S, tiles);
+    else if (w->form != PLAIN)
         form_columns(tiles || w->form == CODED ? x : prepared->words, w, first, width, out, M, S, tiles);
     else if (!tiles)
         dots(x, weight, bias, out, M, width, S, K);

@@ -470,7 +470,7 @@ static void decode_rows(const matrix_t *w, long first, long count, bf16 *out)
 {
     switch (w->form) {
     case CODED: DECODE(CODED) break;
-    case INT8: DECODE(INT8) break;
+    case INT8: case INT8_DYNAMIC: DECODE(INT8) break;
     case INT4_32: DECODE(INT4_32) break;
     case INT4_64: DECODE(INT4_64) break;
     case INT4_128: DECODE(INT4_128) break;
