@@ -24,9 +24,9 @@ from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import Rates
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import GroupShape
-from raytier.planner.budgets import DeviceKind, planned_paths, ramdisk_directory
+from raytier.planner.budgets import DeviceKind, disk_directories, planned_paths, ramdisk_directory
 from raytier.planner.placement import plan_weights
-from raytier.planner.plan import FILE_TIERS, Tier, WeightPlan
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
@@ -58,7 +58,7 @@ class NodeActors:
             return known
         largest = max(manifest.files, key=lambda file: file.size).path
         asked = self.device.rates.remote(
-            largest, manifest.compute_dtype, config.cache_dir, config.tiers.nvme.paths, ramdisk_directory(config)
+            largest, manifest.compute_dtype, config.cache_dir, disk_directories(config), ramdisk_directory(config)
         )
         rates: Rates = answer_of(asked, _CALL_TIMEOUT_S)
         self.disk.calibrate.remote(rates.disk_read_bytes_per_s)
@@ -101,7 +101,7 @@ class LoadedModel:
         self._loading: Any = None  # what `device.load` will answer
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
-        self._places = _places(actors, model_id, description.manifest, config)
+        self._places = _places(actors, model_id, description.manifest, config, plan.schemes)
         self.mover = ParameterMover(
             model_id,
             description.manifest,
@@ -282,13 +282,17 @@ class LoadedModel:
         answer_of(self._actors.device.unload.remote(self.model_id), _CALL_TIMEOUT_S)
 
 
-def _places(actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig) -> dict[Tier, Place]:
-    """Tiers outside of the device in which room has to be obtained; without directories, nvme means the checkpoint."""
+def _places(
+    actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig, schemes: TierSchemes
+) -> dict[Tier, Place]:
+    """Tiers outside of the device in which room has to be obtained."""
     places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest)}
     if actors.ramdisk is not None:
-        places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest)
-    if config.tiers.nvme.enabled and config.tiers.nvme.paths:
-        places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest)
+        ramdisk = schemes.by_tier.get(Tier.RAMDISK, {})
+        places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest, ramdisk)
+    if disk_directories(config):
+        in_place, nvme = not config.tiers.nvme.paths, schemes.by_tier.get(Tier.NVME, {})
+        places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest, nvme, in_place=in_place)
     return places
 
 

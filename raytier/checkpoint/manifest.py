@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from raytier.codecs.codec import Codec, Frames
+from raytier.codecs.forms import Form
 from raytier.config import AppConfig
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -49,11 +51,38 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """How a parameter's bytes lie in files of a tier.
+
+    What lies there is the concatenation of `extents`. Every extent starts at a multiple of a disk block in its file,
+    and all but the last are multiples of it long, so that a reader places them one behind the other.
+
+    Attributes:
+        form: None: as in the checkpoint.
+        frames: of the form's bytes, coded by `codec`.
+    """
+
+    form: Form | None
+    codec: Codec
+    frames: Frames
+    extents: tuple[Extent, ...]
+
+    def __post_init__(self) -> None:
+        if sum(extent.nbytes for extent in self.extents) != self.frames.coded_nbytes:
+            raise ValueError(f"extents {self.extents} do not hold the {self.frames.coded_nbytes} bytes of the frames")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter in its form."""
+        return self.frames.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of the built model.
 
     Its bytes are the concatenation of `extents`, row-major, little-endian. `extents` is empty when
-    the manifest was made from a config without weights.
+    the manifest was made from a config without weights. Where it is read from files of a tier, `stored` says how.
 
     Attributes:
         name: name in the built transformers model (`model.named_parameters()`).
@@ -70,6 +99,7 @@ class Parameter:
     layer: int | None = None
     extents: tuple[Extent, ...] = ()
     aliases: tuple[str, ...] = ()
+    stored: Stored | None = None
 
     def __post_init__(self) -> None:
         if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:

@@ -153,6 +153,7 @@ class StepStats:
         bytes_read: bytes read from ramdisk and disk by this process since its last step (alignment included;
             prefetches for the next sweep count when they are read, and so do transfers).
         bytes_read_ramdisk: of these, what came from the ramdisk.
+        bytes_decoded: bytes into which part of that was decoded.
         reads, reads_ramdisk: read requests behind them.
         io_wait_s: time the compute thread waited for the ring.
         compute_s: step time without `io_wait_s`.
@@ -166,6 +167,7 @@ class StepStats:
     bytes_streamed_ramdisk: int = 0
     bytes_read: int = 0
     bytes_read_ramdisk: int = 0
+    bytes_decoded: int = 0
     reads: int = 0
     reads_ramdisk: int = 0
     io_wait_s: float = 0.0

@@ -157,6 +157,9 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     ramdisk = total.bytes_read_ramdisk
     read = [((model_id, "ramdisk"), ramdisk), ((model_id, "nvme"), total.bytes_read - ramdisk)]
     yield counter("bytes_read", "Bytes read by the computing process, by tier.", read, tier)
+    yield counter(
+        "bytes_decoded", "Bytes into which compressed ones were decoded.", [((model_id,), total.bytes_decoded)]
+    )
     parts = [((model_id, "wait"), total.io_wait_s), ((model_id, "compute"), total.compute_s)]
     text = "Time of steps: waiting for bytes, and the rest."
     yield counter("step_part_seconds", text, parts, ("model_name", "part"))
