@@ -233,9 +233,16 @@ class KVCache(_Section):
     max_cached_blocks: int | None = Field(None, ge=0)
     high_free_fraction: float = Field(0.3, ge=0, le=1)
     critical_free_fraction: float = Field(0.1, ge=0, le=1)
+    swapping: bool = True
+    host_mb: Annotated[float, Field(ge=0)] | Auto = "auto"
+    disk_gb: float = Field(0, ge=0)
+    disk_once: bool = False
+    persist: bool = False
 
     @model_validator(mode="after")
     def _critical_is_less(self) -> KVCache:
+        if self.persist and not self.disk_gb:
+            raise ValueError("persist keeps what is on disk: set disk_gb to more than 0")
         if self.critical_free_fraction > self.high_free_fraction:
             raise ValueError("critical_free_fraction must not be above high_free_fraction")
         return self

@@ -12,6 +12,7 @@ from raytier.checkpoint.describe import describe_model
 from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import parse_config
 from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.kv_setup import attach_lower, lower_shape
 from raytier.engine.tokenizer import Tokenizer
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
@@ -71,12 +72,17 @@ class LocalEngine:
 
 @contextmanager
 def local_engine(
-    model_dir: Path, device: str = "cpu", packed: bool | None = None, store: Path | None = None, **settings: Any
+    model_dir: Path,
+    device: str = "cpu",
+    packed: bool | None = None,
+    store: Path | None = None,
+    costs: bool = False,
+    **settings: Any,
 ) -> Iterator[LocalEngine]:
     """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it.
 
     `packed` overrides what the plan says about the layout of resident linear layers. `store`: directory for what the
-    disk holds in another form or coded.
+    disk holds in another form or coded. `costs`: load KV only where that is faster than computing it.
     """
     if store is not None:
         settings = {"cache_dir": str(store), **settings}
@@ -106,6 +112,8 @@ def local_engine(
         on_disk = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.NVME and p.name in schemes]
         with closing(TierStore([str(store / "store")], 1 << 24)) as files:
             copies = files.obtain(manifest.model_dir, manifest.files, on_disk, schemes)
+    kv = KVCache.of(manifest, share.block_size, config.kv)
+    lower = lower_shape(manifest, plan, config, kv)
     runner = ModelRunner.load(
         manifest,
         plan,
@@ -115,8 +123,12 @@ def local_engine(
         io_threads=nvme.io_threads,
         io_bytes=int(nvme.io_mb * 2**20),
         tokenizer=description.tokenizer,
+        lower=lower,
     )
-    kv = KVCache.of(manifest, share.block_size, config.kv)
+    if lower is not None:
+        attach_lower(kv, lower, runner.kept_kv(), plan, DEFAULT_RATES, config)
+        if not costs:
+            kv.costs = None
     for pool in kv.pools:
         pool.add_extent(1, share.kv_blocks - 1)
     engine = Engine(

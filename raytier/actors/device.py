@@ -26,6 +26,7 @@ from raytier.engine.step import StepBatch, StepResult
 from raytier.errors import InvalidRequestError
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
+from raytier.kv.orders import LowerShape
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.tiers.arena import Arena, ArenaHandle
 from raytier.tiers.copies import TierCopy
@@ -152,12 +153,15 @@ class DeviceActor:
         io_threads: int,
         io_bytes: int,
         tokenizer: TokenizerSpec,
+        lower: LowerShape | None = None,
+        kv_grant: ArenaGrant | None = None,
     ) -> float:
         """Load `plan`'s share of a model; returns the seconds until steps may run, which is before all is read.
 
         Args:
             grants: ranges of the host pool, one per host-tier parameter.
             copies: where the parameters lie that are on the ramdisk or in directories of the disk tier.
+            lower: what KV goes to below the device. kv_grant: range of the host pool for it; None: memory of its own.
 
         Raises:
             CheckpointError: a file changed or ends early. UnsupportedModelError: see the message.
@@ -177,6 +181,8 @@ class DeviceActor:
             io_threads=io_threads,
             io_bytes=io_bytes,
             tokenizer=tokenizer,
+            lower=lower,
+            kv_memory=None if kv_grant is None else self._views({"": kv_grant})[""],
         )
         try:
             self._runner = self._compute.call(load)
@@ -196,6 +202,11 @@ class DeviceActor:
         """
         self._running(self._model_id).wait_loaded()
         return time.perf_counter() - self._began
+
+    @ray.method(concurrency_group="control")
+    def kept_kv(self) -> list[list[tuple[int, bytes]]]:
+        """Per KV cache group (slot, hash) of the blocks that are on disk from before."""
+        return self._running(self._model_id).kept_kv()
 
     def unload(self, model_id: str) -> None:
         """Free everything of the model. Its steps have ended; a move that runs fails."""

@@ -18,6 +18,7 @@ from raytier.actors.transfers import ParameterMover, TransferManager
 from raytier.checkpoint.manifest import ModelDescription, ModelManifest
 from raytier.config import MIB, AppConfig
 from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.kv_setup import attach_lower, host_bytes, lower_shape
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.hardware.inventory import take_inventory
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
+#: Under that name KV has its range of the host pool; no parameter is called so.
+_KV_OWNER = "KV blocks"
 #: How often a model that is being unloaded looks whether its requests have ended.
 _DRAIN_S = 0.02
 
@@ -160,6 +163,11 @@ class LoadedModel:
                 room = place.obtain(names)
                 grants |= room.grants
                 copies |= room.copies
+        kv = KVCache.of(manifest, share.block_size, config.kv)
+        lower = lower_shape(manifest, plan, config, kv)
+        kv_grant = None
+        if lower is not None and not plan.kv_below.private:
+            kv_grant = self._reserve_kv(host_bytes(lower))
         nvme = config.tiers.nvme
         self._loading = actors.device.load.remote(
             self.model_id,
@@ -170,17 +178,21 @@ class LoadedModel:
             nvme.io_threads,
             int(nvme.io_mb * MIB),
             self.description.tokenizer,
+            lower,
+            kv_grant,
         )
         tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
         answer_of(opening, _CALL_TIMEOUT_S)
         epoch = time.time_ns()
-        kv = KVCache.of(manifest, share.block_size, config.kv)
         for group, (shape, pool) in enumerate(zip(shapes, kv.pools, strict=True)):
             # Block 0 is the null block: it is never leased.
             leasing = actors.kv.lease.remote(self.model_id, epoch, shape.num_blocks - 1, group)
             for extent in answer_of(leasing, _CALL_TIMEOUT_S):
                 pool.add_extent(extent.start, extent.count)
         answer_of(self._loading, _LOAD_TIMEOUT_S)
+        if lower is not None:
+            kept = answer_of(actors.device.kept_kv.remote(), _CALL_TIMEOUT_S)
+            attach_lower(kv, lower, kept, plan, self.rates, config)
         self._executor = RemoteExecutor(actors.device)
         self._engine = Engine(
             model_id=self.model_id,
@@ -210,6 +222,12 @@ class LoadedModel:
             plan.streamed_bytes / MIB,
             share.kv_blocks,
         )
+
+    def _reserve_kv(self, nbytes: int) -> ArenaGrant:
+        """A range of the host pool, given back with those of the parameters."""
+        grants = answer_of(self._actors.host.reserve.remote(self.model_id, {_KV_OWNER: nbytes}), _CALL_TIMEOUT_S)
+        grant: ArenaGrant = grants[_KV_OWNER]
+        return grant
 
     def wait_loaded(self) -> float:
         """Wait until everything that is to be in memory is there; seconds since loading began.

@@ -310,7 +310,7 @@ class Engine:
             began = time.perf_counter()
             with self._changed:
                 self._expire()
-                batch = self._scheduler.schedule()
+                batch = self._scheduler.schedule() or self._scheduler.schedule_moves()
                 if batch is not None:
                     now = time.monotonic()
                     for arrival in batch.arrivals:
@@ -353,9 +353,13 @@ class Engine:
                     self._by_sequence[seq_id][0].take_prompt_logprobs(logprobs)
             for sequence, token in news:
                 self._take(*self._by_sequence[sequence.seq_id], token, result, now)
-            self._statistics.note_step(result.stats)
+            if batch.chunks:
+                self._statistics.note_step(result.stats)
+                self.kv.note_step(result.stats.num_tokens, result.stats.wall_s, result.moved)
         self._deliver()
-        self._report(result.stats, LoopTimes(self._schedule_s, execute_s, time.perf_counter() - began))
+        self._report(
+            result.stats if batch.chunks else None, LoopTimes(self._schedule_s, execute_s, time.perf_counter() - began)
+        )
 
     def _take(self, request: Request, sample: Sample, token: int | None, result: StepResult, now: float) -> None:
         """A new token of a sample, or its end without one."""

@@ -17,10 +17,11 @@ from itertools import pairwise
 from operator import attrgetter
 
 from raytier.engine.sequence import FinishReason, Samples, Sequence, Status
-from raytier.engine.step import SequenceChunk, StepBatch, StepResult
+from raytier.engine.step import Arrival, SequenceChunk, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import LedgerDelta
+from raytier.kv.orders import KVOrders
 from raytier.kv.tables import BlockCopy, Prefix
 from raytier.kv.usage import Pressure
 
@@ -105,10 +106,12 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._in_flight: dict[int, tuple[Sequence, SequenceChunk]] = {}
+        self._stepping = False  # between `schedule` and `apply`
         self._sent: set[int] = set()  # sequences that the executor knows
         self._ended: list[int] = []  # what it knows and may forget
         self._copies: list[BlockCopy] = []  # of the step that is being made
         self.num_preemptions = 0
+        self.num_restarts = 0  # sequences whose KV could not be loaded
 
     @property
     def num_running(self) -> int:
@@ -153,7 +156,7 @@ class Scheduler:
         Raises:
             RuntimeError: the last step's result has not been applied.
         """
-        if self._in_flight:
+        if self._stepping:
             raise RuntimeError(f"step {self._step} is in flight: apply its result first")
         planned, budget, preempted = self._plan_running()
         if preempted and not planned:
@@ -162,7 +165,6 @@ class Scheduler:
             planned += self._admit(budget)
         if not planned:
             return None
-        self._step += 1
         chunks, arrivals = [], []
         for sequence, count in planned:
             start, known = sequence.num_computed, len(sequence.tokens)
@@ -175,21 +177,42 @@ class Scheduler:
             if sequence.seq_id not in self._sent:
                 self._sent.add(sequence.seq_id)
                 arrivals.append(sequence.arrival())
+        return self._batch(tuple(chunks), tuple(arrivals), self._kv.take_orders())
+
+    def schedule_moves(self) -> StepBatch | None:
+        """A step that runs nothing, and ends when KV that belongs on disk is there; None where there is none.
+
+        Raises:
+            RuntimeError: the last step's result has not been applied.
+        """
+        if self._stepping:
+            raise RuntimeError(f"step {self._step} is in flight: apply its result first")
+        if self._kv.lower is None or not self._kv.lower.has_writes:
+            return None
+        orders = self._kv.take_orders(settle=True)
+        return None if orders is None else self._batch((), (), orders)
+
+    def _batch(
+        self, chunks: tuple[SequenceChunk, ...], arrivals: tuple[Arrival, ...], moves: KVOrders | None
+    ) -> StepBatch:
+        self._step += 1
+        self._stepping = True
         ended, self._ended = tuple(self._ended), []
         copies, self._copies = tuple(self._copies), []
-        return StepBatch(self._model_id, self._epoch, self._step, tuple(chunks), tuple(arrivals), ended, copies)
+        return StepBatch(self._model_id, self._epoch, self._step, chunks, arrivals, ended, copies, moves)
 
     def apply(self, result: StepResult) -> list[tuple[Sequence, int | None]]:
         """Take the result of the step in flight: (sequence, new token) for each token drawn, and (sequence, None) for
         each that ended without one.
 
         A sequence that reached a stop token or its length is finished when this returns, and so is one whose token
-        could not be drawn. Sequences aborted while the step ran are dropped here, their blocks freed now.
+        could not be drawn. Sequences aborted while the step ran are dropped here, their blocks freed now. Those whose
+        KV could not be loaded begin again; what the step brought for them is taken out of `result`.
 
         Raises:
             EngineDeadError: the result is not that of the step in flight, or a token is missing.
         """
-        if not self._in_flight or result.step != self._step:
+        if not self._stepping or result.step != self._step:
             raise EngineDeadError(f"result of step {result.step}, but step {self._step} was expected")
         answered = result.tokens.keys() | result.failed.keys()
         missing = [seq_id for seq_id, (_, chunk) in self._in_flight.items() if chunk.draws and seq_id not in answered]
@@ -197,9 +220,14 @@ class Scheduler:
             raise EngineDeadError(f"step {result.step} returned no token for sequences {missing}")
         news: list[tuple[Sequence, int | None]] = []
         in_flight, self._in_flight = self._in_flight, {}
+        self._stepping = False
+        lost = self._moved(result)
         for sequence, chunk in in_flight.values():
             if sequence.finished:
                 self._kv.release(sequence.kv)
+                continue
+            if lost and sequence.kv.holds(lost):
+                self._restart(sequence, result)
                 continue
             sequence.num_computed = chunk.stop
             self._kv.computed(sequence.kv, sequence.tokens, chunk.stop)
@@ -217,6 +245,22 @@ class Scheduler:
             elif len(sequence.tokens) >= sequence.max_tokens:
                 self.finish(sequence, FinishReason.LENGTH)
         return news
+
+    def _moved(self, result: StepResult) -> frozenset[tuple[int, int]]:
+        """Book what was moved; (group, block) of what could not be loaded."""
+        if result.moved is None:
+            return frozenset()
+        self._kv.moved(result.moved)
+        return frozenset((move.group, move.block) for move in result.moved.lost)
+
+    def _restart(self, sequence: Sequence, result: StepResult) -> None:
+        """Let a sequence that was computed on blocks without content begin again."""
+        result.tokens.pop(sequence.seq_id, None)
+        result.logprobs.pop(sequence.seq_id, None)
+        result.prompt_logprobs.pop(sequence.seq_id, None)
+        result.failed.pop(sequence.seq_id, None)
+        self.num_restarts += 1
+        self._requeue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> bool:
         """End a sequence in any state; False when it had ended before.
@@ -240,6 +284,7 @@ class Scheduler:
     def drop_in_flight(self) -> None:
         """The executor is gone and will not write any more: end the step in flight without a result."""
         in_flight, self._in_flight = self._in_flight, {}
+        self._stepping = False
         for sequence, _ in in_flight.values():
             if sequence.finished:
                 self._kv.release(sequence.kv)
@@ -369,13 +414,16 @@ class Scheduler:
         return kv.find(sequence.kv, sequence.tokens, sequence.most_found)
 
     def _preempt(self, sequence: Sequence) -> None:
+        sequence.preemptions += 1
+        self.num_preemptions += 1
+        self._requeue(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._kv.release(sequence.kv)
         self._forget(sequence)
         sequence.num_computed = 0
         sequence.status = Status.WAITING
-        sequence.preemptions += 1
-        self.num_preemptions += 1
         insort(self._waiting, sequence, key=_order)
 
     def _forget(self, sequence: Sequence) -> None:

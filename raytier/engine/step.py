@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from raytier.kv.orders import KVOrders, KVReport
 from raytier.kv.tables import BlockCopy
 
 
@@ -127,7 +128,8 @@ class StepBatch:
 
     What the executor must know of a sequence is sent once: `arrivals` are those of `chunks` that it does not know,
     `ended` those that it may forget (finished or preempted; they may be in `arrivals` again). `copies` of KV blocks
-    come before everything: all sources are read before any target is written.
+    come before everything: all sources are read before any target is written. Before these come the `moves` to tiers
+    below the device and back. A step without chunks only moves.
     """
 
     model_id: str
@@ -137,6 +139,7 @@ class StepBatch:
     arrivals: tuple[Arrival, ...] = ()
     ended: tuple[int, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
+    moves: KVOrders | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -202,6 +205,7 @@ class StepResult:
         prompt_logprobs: of the prompt's tokens from the first one on that was not known, as far as this step computed
             them.
         failed: sequences whose token could not be drawn, and why; they have none in `tokens`.
+        moved: what became of `moves`, of this step and earlier ones; None where there is nothing below the device.
     """
 
     step: int
@@ -210,6 +214,7 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    moved: KVReport | None = None
 
 
 class StepExecutor(Protocol):

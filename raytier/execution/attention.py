@@ -13,7 +13,7 @@ four; from some 64 tokens on there is no difference, and a mask for folded queri
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -73,18 +73,26 @@ class ForwardContext:
 
     Attributes:
         slots: where the step's tokens are written, per group.
+        ready: returns when the blocks of a layer are there; to be called before they are read or written.
     """
 
     store: KVStore
     spans: tuple[SequenceSpan, ...]
     slots: tuple[Tensor, ...]
+    ready: Callable[[int], None]
     _runs: dict[tuple[int, int], list[list[tuple[int, int]]]] = field(default_factory=dict)
     _plans: dict[tuple[int, int], _Plan] = field(default_factory=dict)
     _singles: dict[tuple[int, int], tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, store: KVStore, chunks: Sequence[SequenceChunk], device: torch.device) -> ForwardContext:
+    def build(
+        cls,
+        store: KVStore,
+        chunks: Sequence[SequenceChunk],
+        device: torch.device,
+        ready: Callable[[int], None] | None = None,
+    ) -> ForwardContext:
         spans = []
         slots: list[list[int]] = [[] for _ in range(store.num_groups)]
         q_start = 0
@@ -95,7 +103,8 @@ class ForwardContext:
                 for first, count in slot_runs(table, store.block_size, chunk.start, stop):
                     group_slots.extend(range(first, first + count))
             q_start += len(chunk.token_ids)
-        return cls(store, tuple(spans), tuple(torch.tensor(s, dtype=torch.int64, device=device) for s in slots))
+        places = tuple(torch.tensor(s, dtype=torch.int64, device=device) for s in slots)
+        return cls(store, tuple(spans), places, ready or _always)
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +181,10 @@ class ForwardContext:
         return mask
 
 
+def _always(layer: int) -> None:
+    """Nothing is on its way."""
+
+
 class _Current(threading.local):
     context: ForwardContext | None = None
 
@@ -242,6 +255,7 @@ def attention_forward(
         )
 
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    context.ready(layer)
     window = int(sliding_window or 0)
     scores = _Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if softcap is None and cpu_kernels.fits_attend(query, key, value, context.store.keys[layer]):

@@ -161,6 +161,7 @@ def _decoder_layer(
         singles, longer = context.singles(window(attention) or 0, group)
         pool = context.store.keys[attention.layer_idx], context.store.values[attention.layer_idx]
         if not longer and cpu_layer.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
+            context.ready(attention.layer_idx)
             return cpu_layer.layer(
                 hidden_states, weights, position_embeddings, context.slots[group], pool, singles, attention.scaling
             )

@@ -9,20 +9,23 @@ import torch
 
 from raytier.checkpoint.architecture import build_meta, decoder_layers, load_config
 from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
+from raytier.engine.kv_setup import host_bytes
 from raytier.engine.step import StepBatch, StepResult, StepStats
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.binding import TORCH_DTYPES
 from raytier.execution.gate import SweepGate
 from raytier.execution.kv_store import KVStore
+from raytier.execution.kv_tiers import KVTiers
 from raytier.execution.parameters import ParameterStatus
 from raytier.execution.reader import ReadCount
 from raytier.execution.sampler import Sampler
 from raytier.execution.sources import Sources
 from raytier.execution.threads import compute_with, num_threads
 from raytier.execution.weights import Weights
+from raytier.kv.orders import LowerShape
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
 from raytier.planner.sizing import resident_nbytes
-from raytier.tiers.aligned import ALIGNMENT
+from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer
 from raytier.tiers.copies import TierCopy
 
 
@@ -56,6 +59,7 @@ class ModelRunner:
             TORCH_DTYPES[manifest.compute_dtype],
             device,
         )
+        self.kv_tiers: KVTiers | None = None
         self.sampler = Sampler(manifest.vocab_size, tokenizer)
         self._seen = self._read_counts()
         self._steps = 0
@@ -73,6 +77,8 @@ class ModelRunner:
         io_threads: int,
         io_bytes: int,
         tokenizer: TokenizerSpec | None = None,
+        lower: LowerShape | None = None,
+        kv_memory: memoryview | None = None,
     ) -> ModelRunner:
         """Build the model and begin to read what the plan keeps in memory and to stream the rest.
 
@@ -84,6 +90,8 @@ class ModelRunner:
             copies: where the parameters lie that the plan has on the ramdisk or in directories of the disk tier.
             io_threads, io_bytes: reads in flight and largest read, in bytes.
             tokenizer: of the model; without it no sequence can have a grammar.
+            lower: what KV goes to below the device. kv_memory: for its slots in the host's memory; without it they
+                lie in memory of this process.
 
         Raises:
             CheckpointError, TierError, UnsupportedModelError: as the message says; nothing is left behind.
@@ -105,6 +113,9 @@ class ModelRunner:
                 host_views or {},
                 runner._gate,
             )
+            if lower is not None and lower.host_slots:
+                memory = AlignedBuffer(host_bytes(lower)).view if kv_memory is None else kv_memory
+                runner.kv_tiers = KVTiers(runner.kv, lower, memory, sources.pool)
             return runner
         except BaseException:
             sources.close()
@@ -136,7 +147,7 @@ class ModelRunner:
             streamed, waited = (weights.bytes_streamed, weights.bytes_streamed_ramdisk), weights.io_wait_s
             try:
                 with torch.inference_mode():
-                    result = self._forward(batch)
+                    result = self._forward(batch) if batch.chunks else self._move(batch)
             except BaseException:
                 weights.abandon_sweep()
                 raise
@@ -198,14 +209,20 @@ class ModelRunner:
 
     def _forward(self, batch: StepBatch) -> StepResult:
         device = self._device
+        tiers = self.kv_tiers
+        if tiers is not None:
+            tiers.begin(batch.moves)
         self.sampler.begin(batch)
-        self.kv.copy_blocks(batch.copies)
+        if batch.copies:
+            if tiers is not None:
+                tiers.wait()
+            self.kv.copy_blocks(batch.copies)
         ids: list[int] = []
         positions: list[int] = []
         for chunk in batch.chunks:
             ids.extend(chunk.token_ids)
             positions.extend(range(chunk.start, chunk.stop))
-        context = ForwardContext.build(self.kv, batch.chunks, device)
+        context = ForwardContext.build(self.kv, batch.chunks, device, None if tiers is None else tiers.ready)
         with forward_context(context):
             output = self._model(
                 input_ids=torch.tensor([ids], device=device),
@@ -213,7 +230,23 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(self.sampler.rows(batch), dtype=torch.int64, device=device),
             )
-        return self.sampler.finish(batch, output.logits[0])
+        result = self.sampler.finish(batch, output.logits[0])
+        if tiers is not None:
+            result.moved = tiers.finish()
+        return result
+
+    def _move(self, batch: StepBatch) -> StepResult:
+        """A step that only moves KV."""
+        tiers = self.kv_tiers
+        if tiers is None:
+            raise RuntimeError(f"step {batch.step} moves KV, and there is nothing below the device")
+        self.sampler.begin(batch)
+        tiers.begin(batch.moves)
+        return StepResult(batch.step, moved=tiers.finish())
+
+    def kept_kv(self) -> list[list[tuple[int, bytes]]]:
+        """Per KV cache group (slot, hash) of the blocks that are on disk from before."""
+        return [] if self.kv_tiers is None else self.kv_tiers.restored()
 
     @property
     def bytes_read(self) -> int:
@@ -237,5 +270,7 @@ class ModelRunner:
     def close(self) -> None:
         """Stop the readers, close the files and let go of all memory."""
         self.sampler.close()
+        if self.kv_tiers is not None:
+            self.kv_tiers.close()
         self._weights.close()
         self._sources.close()

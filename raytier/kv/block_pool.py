@@ -212,6 +212,13 @@ class BlockPool:
         self._block[digest] = block
         return True
 
+    def unregister(self, block: int) -> None:
+        """A used block does not hold what it was registered for: it is not found any more."""
+        if block not in self._refs:
+            raise ValueError(f"block {block} is not in use")
+        if (digest := self._hash.pop(block, None)) is not None:
+            del self._block[digest]
+
     def find(self, digest: bytes) -> int | None:
         """The block that holds what `digest` stands for."""
         return self._block.get(digest)

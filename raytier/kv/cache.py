@@ -14,13 +14,18 @@ import json
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 
+from raytier.checkpoint.identity import model_identity
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import KVCache as KVConfig
 from raytier.kv.block_pool import NULL_BLOCK, BlockPool
+from raytier.kv.costs import KVCosts
 from raytier.kv.hashing import extend_hashes, root_hash
 from raytier.kv.ledger import LedgerDelta, SequenceDelta
-from raytier.kv.tables import BlockCopy, Prefix, SequenceKV
+from raytier.kv.lower import LowerTiers
+from raytier.kv.orders import KVOrders, KVReport
+from raytier.kv.tables import BlockCopy, Missing, Prefix, SequenceKV
 from raytier.kv.usage import CacheCounts, Collection, GroupUse, Pressure
 
 
@@ -32,6 +37,9 @@ class KVCache:
         windows: of the groups, in tokens; None = all tokens are seen.
         policy: what is shared and kept.
         root: what all sequences' hashes begin with (`root_hash`).
+
+    Attributes:
+        lower: what is below the device, see `attach`. costs: by which loading is chosen; None = always.
     """
 
     def __init__(
@@ -51,18 +59,31 @@ class KVCache:
         self.counts = CacheCounts()
         self._reported = (CacheCounts(), 0)
         self._changes: dict[tuple[int, int], tuple[set[int], set[int]]] = {}  # (sequence, group) -> blocks (+, -)
+        self.lower: LowerTiers | None = None
+        self.costs: KVCosts | None = None
 
     @classmethod
     def of(cls, manifest: ModelManifest, block_size: int, policy: KVConfig) -> KVCache:
-        """For a model: one pool per KV cache group, without blocks yet."""
+        """For a model: one pool per KV cache group, without blocks yet.
+
+        Raises:
+            CheckpointError: a file of the checkpoint cannot be read.
+        """
         windows = manifest.kv_windows
         root = root_hash(
-            model=json.dumps([manifest.model_dir, [[file.path, file.size] for file in manifest.files]]),
+            model=model_identity(manifest),
             dtype=manifest.compute_dtype,
             layout=json.dumps([[s.num_kv_heads, s.key_dim, s.value_dim, s.sliding_window] for s in manifest.kv_layers]),
             block_size=block_size,
         )
         return cls([BlockPool(block_size, policy.max_cached_blocks) for _ in windows], windows, policy, root)
+
+    def attach(self, lower: LowerTiers, costs: KVCosts | None = None) -> None:
+        """Let what is given up on the device go to `lower`, and come back."""
+        self.lower = lower
+        self.costs = costs
+        for group, pool in enumerate(self.pools):
+            pool.on_evict = partial(lower.evicted, group)
 
     @property
     def num_blocks(self) -> int:
@@ -126,33 +147,85 @@ class KVCache:
             return self._nothing()
         extend_hashes(kv.hashes, kv.root or self.root, tokens, self.block_size, blocks)
         hashes = kv.hashes[:blocks]
-        count = blocks
-        while True:  # it shrinks until all groups agree
-            agreed = count
-            for pool, window in zip(self.pools, self.windows, strict=True):
-                count = self._hit(pool, window, hashes, count)
-            if count == agreed:
-                break
+        count = self._agreed(hashes, blocks, lower=False)
+        refused = 0
+        if self.lower is not None and (most := self._agreed(hashes, blocks, lower=True)) > count:
+            best = self._cheapest(hashes, count, most, len(tokens))
+            count, refused = best, (most - best) * self.block_size
         if count < self.policy.min_prefix_blocks:
-            return self._nothing()
-        tables = []
+            return replace(self._nothing(), refused=refused)
+        tables, missing = [], []
         for group, pool in enumerate(self.pools):
             first = self._first_block(group, count * self.block_size)
-            found = pool.find_prefix(hashes[first:count])
-            tables.append((*[NULL_BLOCK] * first, *found))
-        return self._prefix(count * self.block_size, tables)
+            table = [NULL_BLOCK] * first
+            for index in range(first, count):
+                if (block := pool.find(hashes[index])) is None:
+                    missing.append(Missing(group, index, hashes[index]))
+                table.append(NULL_BLOCK if block is None else block)
+            tables.append(tuple(table))
+        host, disk = self._sources(missing)
+        found = self._prefix(count * self.block_size, tables)
+        return replace(found, missing=tuple(missing), from_host=host, from_disk=disk, refused=refused)
 
-    def _hit(self, pool: BlockPool, window: int | None, hashes: SequenceOf[bytes], most: int) -> int:
+    def _agreed(self, hashes: SequenceOf[bytes], most: int, *, lower: bool) -> int:
+        """The largest number of blocks, at most `most`, that all groups have as far as the next token sees them; with
+        what is below the device, or without."""
+        while True:  # it shrinks until all agree
+            agreed = most
+            for group in range(len(self.pools)):
+                most = self._hit(group, hashes, most, lower)
+            if most == agreed:
+                return most
+
+    def _hit(self, group: int, hashes: SequenceOf[bytes], most: int, below: bool) -> int:
         """The largest number of blocks, at most `most`, behind which a token has what it sees in this group."""
+        pool, window, lower = self.pools[group], self.windows[group], self.lower if below else None
         if window is None:
-            return len(pool.find_prefix(hashes[:most]))
+            for index in range(most):
+                if pool.find(hashes[index]) is None and (lower is None or lower.find(group, hashes[index]) is None):
+                    return index
+            return most
         last = most  # the end that is tried: what is between it and the loop's index is there
         for index in range(most - 1, -1, -1):
             if index < (last * self.block_size - window + 1) // self.block_size:
                 break
-            if pool.find(hashes[index]) is None:
+            if pool.find(hashes[index]) is None and (lower is None or lower.find(group, hashes[index]) is None):
                 last = index
         return last
+
+    def _cheapest(self, hashes: SequenceOf[bytes], least: int, most: int, known: int) -> int:
+        """How many of the leading blocks a sequence of `known` tokens begins with: `least` are on the device, what
+        follows is loaded as far as that is faster than to compute it.
+
+        What lies in one tier is loaded as a whole or not at all. Where groups have windows, all is or nothing.
+        """
+        costs, lower = self.costs, self.lower
+        if costs is None or lower is None:
+            return most
+        nbytes = [0, 0]  # from the host and from the disk, so far
+        seconds = {least: costs.compute(known, least * self.block_size)}
+        for group in range(len(self.pools)):
+            for index in range(self._first_block(group, most * self.block_size), most):
+                if self.pools[group].find(hashes[index]) is not None:
+                    continue
+                found = lower.find(group, hashes[index])
+                assert found is not None, "all groups were said to have it"
+                if found.on_disk and not nbytes[1] and len(self.pools) == 1 and self.windows[0] is None:
+                    seconds[index] = costs.compute(known, index * self.block_size) + costs.load(*nbytes)
+                nbytes[found.on_disk] += lower.shape.block_bytes[group]
+        seconds[most] = costs.compute(known, most * self.block_size) + costs.load(*nbytes)
+        return min(seconds, key=lambda end: (seconds[end], end))
+
+    def _sources(self, missing: SequenceOf[Missing]) -> tuple[int, int]:
+        """Tokens that come from the host, and from the disk."""
+        if self.lower is None or not missing:
+            return 0, 0
+        on_disk: dict[int, bool] = {}
+        for each in missing:
+            found = self.lower.find(each.group, each.digest)
+            on_disk[each.index] = on_disk.get(each.index, False) or (found is not None and found.on_disk)
+        disk = sum(on_disk.values())
+        return (len(on_disk) - disk) * self.block_size, disk * self.block_size
 
     def fork_of(self, parent: SequenceKV, num_tokens: int) -> Prefix | None:
         """The first `num_tokens` tokens of a running sequence, its last block shared even if it is not full.
@@ -176,6 +249,7 @@ class KVCache:
         for group, pool in enumerate(self.pools):
             table = prefix.tables[group]
             needed = self._covered(group, known, stop) - len(table) + prefix.idle[group] + reserve
+            needed += sum(each.group == group for each in prefix.missing)
             if prefix.num_tokens % self.block_size:
                 needed += 1  # the copy of its last block
             if needed > pool.num_free:
@@ -189,13 +263,40 @@ class KVCache:
         else:
             self.counts.queries += queried
             self.counts.hits += prefix.num_tokens
+            self.counts.host_hits += prefix.from_host
+            self.counts.disk_hits += prefix.from_disk
         kv.tables = [list(table) for table in prefix.tables]
-        kv.passed = [table.count(NULL_BLOCK) for table in prefix.tables]
+        kv.passed = [self._first_block(group, prefix.num_tokens) for group in range(len(self.pools))]
         kv.registered = prefix.num_tokens // self.block_size
+        for pool, table in zip(self.pools, prefix.tables, strict=True):
+            pool.share(block for block in table if block != NULL_BLOCK)
+        if self.lower is not None and not prefix.forked:
+            self._load(self.lower, kv, prefix)
+        for group, blocks in enumerate(kv.tables):
+            self._note(kv.seq_id, group, blocks[kv.passed[group] :], ())
+
+    def _load(self, lower: LowerTiers, kv: SequenceKV, prefix: Prefix) -> None:
+        """Blocks for what is below the device, and the orders to load it. They can be found from now on: whoever finds
+        them is in the same step or a later one."""
+        for digest in kv.hashes[: kv.registered]:
+            lower.note_seen(digest)
+        if prefix.refused:
+            lower.counts.refused += prefix.refused
+            if self.costs is not None:
+                self.costs.refused()
+        # All sources first: what the new blocks drive out must not take their places.
+        found = [lower.pin(each.group, each.digest) for each in prefix.missing]
         for group, (pool, table) in enumerate(zip(self.pools, kv.tables, strict=True)):
-            blocks = table[kv.passed[group] :]
-            pool.share(blocks)
-            self._note(kv.seq_id, group, blocks, ())
+            wanted = [(each, at) for each, at in zip(prefix.missing, found, strict=True) if each.group == group]
+            if not wanted:
+                continue
+            first = wanted[0][0].index
+            blocks = pool.extend([table[first - 1]] if first > kv.passed[group] else [], len(wanted))
+            self.counts.allocations += len(wanted)
+            for block, (each, at) in zip(blocks, wanted, strict=True):
+                table[each.index] = block
+                pool.register(block, each.digest)
+                lower.load(group, each.digest, at, block)
 
     def _nothing(self) -> Prefix:
         return Prefix(0, ((),) * len(self.pools), (0,) * len(self.pools))
@@ -252,6 +353,8 @@ class KVCache:
                 for pool, table in zip(self.pools, kv.tables, strict=True):
                     if table[index] != NULL_BLOCK:
                         pool.register(table[index], kv.hashes[index])
+                if self.lower is not None:
+                    self.lower.note_seen(kv.hashes[index])
             kv.registered = full
         for group, window in enumerate(self.windows):
             if window is None:
@@ -285,6 +388,11 @@ class KVCache:
         window = self.windows[group]
         return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
 
+    def note_step(self, num_tokens: int, seconds: float, moved: KVReport | None) -> None:
+        """What a step cost, for the choice between loading and computing; one that loaded says nothing of computing."""
+        if self.costs is not None and (moved is None or not (moved.loaded.blocks or moved.disk_loaded.blocks)):
+            self.costs.step.measured(num_tokens, seconds)
+
     # ---- what is kept --------------------------------------------------------------------------
 
     def evict(self, n: int) -> int:
@@ -292,8 +400,33 @@ class KVCache:
         return sum(pool.evict(n) for pool in self.pools)
 
     def clear(self) -> int:
-        """Nothing is found any more, the blocks of running sequences included; returns how many hashes are gone."""
-        return sum(pool.clear() for pool in self.pools)
+        """Nothing is found any more on any tier, the blocks of running sequences included; returns how many hashes are
+        gone. What is being moved just now is found for that long."""
+        below = 0
+        for pool in self.pools:
+            pool.on_evict = None
+        gone = sum(pool.clear() for pool in self.pools)
+        if self.lower is not None:
+            below = self.lower.clear()
+            self.attach(self.lower, self.costs)
+        return gone + below
+
+    # ---- below the device ----------------------------------------------------------------------
+
+    def take_orders(self, *, settle: bool = False) -> KVOrders | None:
+        """What the next step has to move; None where that is nothing."""
+        return None if self.lower is None else self.lower.take_orders(settle=settle)
+
+    def moved(self, report: KVReport) -> None:
+        """The step with the last orders has ended. What was lost is not found any more, and what was computed on it is
+        worthless."""
+        if self.lower is None:
+            return
+        self.lower.apply(report)
+        for move in report.lost:
+            self.pools[move.group].unregister(move.block)
+        if self.costs is not None:
+            self.costs.moved(report)
 
     def collect(self, keep: int = 0) -> Collection:
         """Give up cached blocks until each group has at most `keep`."""
@@ -339,6 +472,8 @@ class KVCache:
         Raises:
             AssertionError: the bookkeeping is wrong; the message says where.
         """
+        if self.lower is not None:
+            self.lower.check_integrity()
         for group, pool in enumerate(self.pools):
             pool.check_integrity()
             held: dict[int, int] = {}

@@ -43,18 +43,39 @@ class SequenceKV:
         """Blocks that it refers to, over all groups."""
         return sum(len(table) - table.count(NULL_BLOCK) for table in self.tables)
 
+    def holds(self, blocks: frozenset[tuple[int, int]]) -> bool:
+        """Whether any of (group, block) is its."""
+        return any(block in self.tables[group] for group, block in blocks)
+
     def chunk_tables(self) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, self.tables))
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Block `index` of a group's table is not on the device, and is found below it as `digest`."""
+
+    group: int
+    index: int
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """Tokens whose KV is there: `tables` begin a sequence's own, `idle` says how many of their blocks are free now.
 
-    `forked`: they are another sequence's, the last block perhaps not full.
+    Attributes:
+        forked: they are another sequence's, the last block perhaps not full.
+        missing: blocks to be loaded; the null block stands for them in `tables`.
+        from_host, from_disk: of the tokens, those that have to be loaded.
+        refused: tokens behind these that are found below the device, and faster computed.
     """
 
     num_tokens: int
     tables: tuple[tuple[int, ...], ...]
     idle: tuple[int, ...]
     forked: bool = False
+    missing: tuple[Missing, ...] = ()
+    from_host: int = 0
+    from_disk: int = 0
+    refused: int = 0

@@ -20,7 +20,8 @@ class CacheCounts:
 
     Attributes:
         allocations: blocks handed out. failures: times there were none.
-        queries, hits: tokens looked up when sequences began or began again, and those that were found on the device.
+        queries, hits: tokens looked up when sequences began or began again, and those that were found, on any tier.
+        host_hits, disk_hits: of these, tokens that had to be loaded from there.
         copies: blocks copied because several sequences shared them. forks: sequences that began with another's blocks.
     """
 
@@ -28,6 +29,8 @@ class CacheCounts:
     failures: int = 0
     queries: int = 0
     hits: int = 0
+    host_hits: int = 0
+    disk_hits: int = 0
     copies: int = 0
     forks: int = 0
 

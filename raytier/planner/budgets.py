@@ -93,10 +93,24 @@ def disk_directories(config: AppConfig) -> tuple[str, ...]:
     return (nvme.paths or store_directories(config)) if nvme.enabled else ()
 
 
+def kv_directories(config: AppConfig) -> tuple[str, ...]:
+    """Where KV goes on disk: the disk tier's own directories, or one in the cache; none where it does not go there."""
+    nvme, kv = config.tiers.nvme, config.kv
+    if not nvme.enabled or not kv.disk_gb or not kv.swapping or not kv.prefix_caching:
+        return ()
+    return tuple(os.path.join(path, "kv") for path in nvme.paths or (config.cache_dir,))
+
+
 def planned_paths(config: AppConfig, model_dir: str) -> tuple[str, ...]:
     """The paths whose disks an inventory must hold for this configuration to be planned (`take_inventory`)."""
     ramdisk = ramdisk_directory(config)
-    paths = (model_dir, *config.tiers.nvme.paths, *store_directories(config), *(() if ramdisk is None else (ramdisk,)))
+    paths = (
+        model_dir,
+        *config.tiers.nvme.paths,
+        *store_directories(config),
+        *kv_directories(config),
+        *(() if ramdisk is None else (ramdisk,)),
+    )
     return tuple(dict.fromkeys(path for path in paths if path))
 
 
@@ -188,7 +202,7 @@ def _ramdisk_bytes(inventory: NodeInventory, config: AppConfig, ram: int) -> tup
     if not ramdisk.mount:  # a tmpfs that is there already has its own size, and other users
         disk = inventory.disk(directory)
         if disk is None and directory != _DEFAULT_RAMDISK:
-            raise _unknown_path("tiers.ramdisk.path", directory, inventory)
+            raise unknown_path("tiers.ramdisk.path", directory, inventory)
         free = inventory.shm_free if disk is None else disk.free_bytes
         size = min(size, free)
         text += f", {_mb(free)} free in {directory}"
@@ -211,7 +225,7 @@ def _nvme_bytes(inventory: NodeInventory, config: AppConfig) -> tuple[int, str]:
     for path in directories:
         disk = inventory.disk(path)
         if disk is None:
-            raise _unknown_path("tiers.nvme.paths" if nvme.paths else "cache_dir", path, inventory)
+            raise unknown_path("tiers.nvme.paths" if nvme.paths else "cache_dir", path, inventory)
         disks.append(disk)
     # Stripes are dealt out evenly, so the directory with the least room decides; directories on one disk share it.
     sharing = Counter(_device(disk) for disk in disks)
@@ -228,7 +242,8 @@ def _device(disk: Disk) -> str:
     return disk.device or disk.path
 
 
-def _unknown_path(field: str, path: str, inventory: NodeInventory) -> ResourceNotAvailableError:
+def unknown_path(field: str, path: str, inventory: NodeInventory) -> ResourceNotAvailableError:
+    """That an inventory says nothing of a path of the configuration."""
     return ResourceNotAvailableError(
         f"{field}: nothing is known about {path} on {inventory.hostname}; for a described machine, add it to "
         "inventory.disks with its free_bytes"

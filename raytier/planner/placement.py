@@ -15,6 +15,7 @@ from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_wa
 from raytier.planner.budgets import DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
 from raytier.planner.cost import BATCHES, predict_first_token, predict_step
+from raytier.planner.kv_tiers import gateway_bytes, plan_kv_below, staging_bytes
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
 from raytier.planner.schemes import tier_schemes
@@ -77,7 +78,7 @@ def plan_weights(
         demand=kv_demand(manifest, config),
         step_tokens=first,
         mixed_tokens=first,
-        activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
+        activation_bytes=_beside(manifest, config, kind, first),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
         schemes=tier_schemes(manifest, config),
     )
@@ -96,6 +97,16 @@ def plan_weights(
         tier = solution.tiers[p.name]
         sizes[tier] += _nbytes(case, p, tier)
     unruled = _without_rules(case, fitted)
+    below, hints = plan_kv_below(
+        manifest,
+        inventory,
+        config,
+        kind,
+        case.budgets,
+        kv_bytes=fitted.blocks * case.demand.block_bytes,
+        host_weights=sizes[Tier.HOST],
+        disk_weights=sizes[Tier.NVME],
+    )
     return WeightPlan(
         model_dir=manifest.model_dir,
         placements=_placements(case, solution, fitted.rules),
@@ -125,10 +136,11 @@ def plan_weights(
         streamed_bytes=sweep.streamed_bytes,
         predictions=tuple(predict_step(sweep, rates, batch, case.demand.context) for batch in BATCHES),
         first_token_seconds=predict_first_token(sweep, rates, step_tokens=case.step_tokens),
-        warnings=plan_warnings(case, fitted.rules, solution, fitted.blocks, unruled),
+        warnings=(*plan_warnings(case, fitted.rules, solution, fitted.blocks, unruled), *hints),
         notes=plan_notes(case, solution, fitted.left_out, by_rates=isinstance(chosen, str)),
         context=case.demand.context,
         schemes=case.schemes,
+        kv_below=below,
     )
 
 
@@ -147,8 +159,14 @@ def _least_tokens(case: Case) -> int:
 
 
 def _with_tokens(case: Case, tokens: int) -> Case:
-    nbytes = activation_bytes(case.manifest, tokens, case.config.scheduler.max_num_seqs)
+    nbytes = _beside(case.manifest, case.config, case.kind, tokens)
     return replace(case, step_tokens=tokens, mixed_tokens=tokens, activation_bytes=nbytes)
+
+
+def _beside(manifest: ModelManifest, config: AppConfig, kind: DeviceKind, tokens: int) -> int:
+    """Bytes of the device for a step of `tokens` tokens, and, on a CPU, for KV on its way to the disk and back."""
+    passing = gateway_bytes(manifest, config) + staging_bytes(manifest, config) if kind == "cpu" else 0
+    return activation_bytes(manifest, tokens, config.scheduler.max_num_seqs) + passing
 
 
 def _affordable(case: Case, tokens: int) -> int:

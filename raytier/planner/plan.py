@@ -153,6 +153,21 @@ class Prediction:
         return self.batch / self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class KVBelow:
+    """Bytes for KV below the device.
+
+    Attributes:
+        host_bytes: for blocks in the host's memory, of its pool unless `private`: then of the computing process, and
+            part of what is set aside for activations.
+        disk_bytes: for blocks on disk.
+    """
+
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    private: bool = False
+
+
 @dataclass(frozen=True)
 class WeightPlan:
     """Where every parameter of one model lives, and what that is predicted to cost.
@@ -169,6 +184,7 @@ class WeightPlan:
         notes: why the plan is as it is (a tier that would not pay, copies that it makes, ...).
         context: tokens per sequence that the predictions are for.
         schemes: what each tier makes of a parameter that is there, or is moved there.
+        kv_below: KV below the device.
     """
 
     model_dir: str
@@ -184,6 +200,7 @@ class WeightPlan:
     notes: tuple[str, ...] = ()
     context: int = 0
     schemes: TierSchemes = field(default_factory=TierSchemes)
+    kv_below: KVBelow = field(default_factory=KVBelow)
 
     @cached_property
     def tier_of(self) -> dict[str, Tier]:

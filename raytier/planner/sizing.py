@@ -20,6 +20,8 @@ GAP_BYTES = 64 * 1024
 #: Chunk of a streamed output head: large enough for full disk speed, small enough not to set the ring's size.
 HEAD_CHUNK = (4 * MIB, 64 * MIB)
 HEAD_CHUNK_ALONE = 16 * MIB
+#: KV blocks come from disk in chunks of at least so many bytes, so many chunks at once.
+KV_CHUNK_BYTES, KV_CHUNKS = 4 * MIB, 3
 
 
 def resident_nbytes(parameter: Parameter, manifest: ModelManifest, schemes: TierSchemes | None = None) -> int:

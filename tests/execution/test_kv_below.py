@@ -1,0 +1,72 @@
+"""F4, F5, G2: KV that went to the host's memory and to disk and came back never changes a token: transformers is the
+judge. What cannot be written or read again is computed, and counted (G6: nothing is lost)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytier.engine.sampling_params import SamplingParams
+from tests.execution.test_prefix_cache import FAMILIES, tree
+from tests.local_engine import LocalEngine, local_engine
+from tests.models import MakeModel, transformers_greedy
+
+COUNT = 8
+GREEDY = SamplingParams(temperature=0, top_p=1, top_k=0, max_tokens=COUNT, ignore_eos=True)
+SCHEDULER = {"max_num_seqs": 3, "max_num_batched_tokens": 16}
+#: Four prompts fill the device.
+DEVICE = {"block_size": 4, "max_blocks": 40}
+#: The host's pool gets nothing on a CPU node where the device may have everything.
+TIERS = {"device": {"max_mb": 512}, "nvme": {"min_free_gb": 0}}
+BELOW: dict[str, dict[str, Any]] = {
+    "host": {"host_mb": 64},
+    "disk": {"host_mb": 0, "disk_gb": 0.25, "disk_once": True},
+    "both": {"host_mb": 64, "disk_gb": 0.25},
+}
+
+
+def run(local: LocalEngine, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = local.engine.generate(prompts, GREEDY)
+    return [list(output.token_ids) for output in outputs]
+
+
+def shrink_host(local: LocalEngine, slots: int) -> None:
+    """Let the host hold fewer blocks than it could, so that the disk is needed."""
+    assert local.kv.lower is not None
+    for index in local.kv.lower.host:
+        assert not len(index)
+        index.num_slots = slots
+
+
+@pytest.mark.parametrize("below", BELOW)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replays_find_what_was_given_up(family: str, below: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """A working set of several times the device's KV, three times: what was given up is found again, on every tier."""
+    model_dir = make_model(family)
+    prompts = tree(20, seed=5)
+    wanted = transformers_greedy(model_dir, prompts, COUNT)
+    with local_engine(
+        model_dir, kv=DEVICE | BELOW[below], scheduler=SCHEDULER, tiers=TIERS, cache_dir=str(tmp_path)
+    ) as local:
+        assert local.kv.lower is not None
+        if below == "disk":
+            shrink_host(local, 24)
+        for round_ in range(3):
+            before = local.engine.stats().kv
+            assert run(local, prompts) == wanted, f"round {round_}"
+        local.kv.check_integrity([])
+        counts, now = local.kv.lower.counts, local.engine.stats().kv
+        whole = sum((len(prompt) - 1) // 4 * 4 for prompt in prompts)
+        assert now.hits - before.hits >= 0.99 * whole
+        if below == "disk":
+            assert counts.written > 0 and counts.disk_loaded > 0 and counts.disk_load.nbytes > 0
+        else:
+            assert counts.loaded > 0 and counts.load.blocks == counts.loaded
+        if below == "both":
+            assert counts.written > 0, "what was seen twice"
+        assert (now.host_hits > 0) or below == "disk"
+        assert counts.lost == counts.write_failures == 0
+        assert local.kv.num_used == 0
+    assert not list(tmp_path.rglob("*.kv")), "what is not to be kept is gone"
