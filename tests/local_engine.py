@@ -128,7 +128,8 @@ def local_engine(
     if lower is not None:
         attach_lower(kv, lower, runner.kept_kv(), plan, DEFAULT_RATES, config)
         if not costs:
-            kv.costs = None
+            assert kv.lower is not None
+            kv.attach(kv.lower)
     for pool in kv.pools:
         pool.add_extent(1, share.kv_blocks - 1)
     engine = Engine(

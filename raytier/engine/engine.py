@@ -29,8 +29,7 @@ from raytier.kv.cache import KVCache
 
 logger = logging.getLogger(__name__)
 
-CLOSED = "it was closed"
-NO_TIME = LoopTimes()
+CLOSED, NO_TIME = "it was closed", LoopTimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,13 +352,11 @@ class Engine:
                     self._by_sequence[seq_id][0].take_prompt_logprobs(logprobs)
             for sequence, token in news:
                 self._take(*self._by_sequence[sequence.seq_id], token, result, now)
-            if batch.chunks:
-                self._statistics.note_step(result.stats)
-                self.kv.note_step(result.stats.num_tokens, result.stats.wall_s, result.moved)
+            stats = result.stats if batch.chunks else None
+            if stats is not None:
+                self._statistics.note_step(stats)
         self._deliver()
-        self._report(
-            result.stats if batch.chunks else None, LoopTimes(self._schedule_s, execute_s, time.perf_counter() - began)
-        )
+        self._report(stats, LoopTimes(self._schedule_s, execute_s, time.perf_counter() - began))
 
     def _take(self, request: Request, sample: Sample, token: int | None, result: StepResult, now: float) -> None:
         """A new token of a sample, or its end without one."""

@@ -250,7 +250,7 @@ class Scheduler:
         """Book what was moved; (group, block) of what could not be loaded."""
         if result.moved is None:
             return frozenset()
-        self._kv.moved(result.moved)
+        self._kv.moved(result.moved, result.stats.num_tokens, result.stats.wall_s)
         return frozenset((move.group, move.block) for move in result.moved.lost)
 
     def _restart(self, sequence: Sequence, result: StepResult) -> None:

@@ -25,6 +25,7 @@ from raytier.kv.hashing import extend_hashes, root_hash
 from raytier.kv.ledger import LedgerDelta, SequenceDelta
 from raytier.kv.lower import LowerTiers
 from raytier.kv.orders import KVOrders, KVReport
+from raytier.kv.prefixes import PrefixFinder
 from raytier.kv.tables import BlockCopy, Missing, Prefix, SequenceKV
 from raytier.kv.usage import CacheCounts, Collection, GroupUse, Pressure
 
@@ -61,6 +62,7 @@ class KVCache:
         self._changes: dict[tuple[int, int], tuple[set[int], set[int]]] = {}  # (sequence, group) -> blocks (+, -)
         self.lower: LowerTiers | None = None
         self.costs: KVCosts | None = None
+        self._finder = PrefixFinder(self.pools, self.windows)
 
     @classmethod
     def of(cls, manifest: ModelManifest, block_size: int, policy: KVConfig) -> KVCache:
@@ -82,6 +84,7 @@ class KVCache:
         """Let what is given up on the device go to `lower`, and come back."""
         self.lower = lower
         self.costs = costs
+        self._finder = PrefixFinder(self.pools, self.windows, lower, costs)
         for group, pool in enumerate(self.pools):
             pool.on_evict = partial(lower.evicted, group)
 
@@ -147,85 +150,22 @@ class KVCache:
             return self._nothing()
         extend_hashes(kv.hashes, kv.root or self.root, tokens, self.block_size, blocks)
         hashes = kv.hashes[:blocks]
-        count = self._agreed(hashes, blocks, lower=False)
-        refused = 0
-        if self.lower is not None and (most := self._agreed(hashes, blocks, lower=True)) > count:
-            best = self._cheapest(hashes, count, most, len(tokens))
-            count, refused = best, (most - best) * self.block_size
+        count, refused = self._finder.longest(hashes, len(tokens))
+        refused *= self.block_size
         if count < self.policy.min_prefix_blocks:
             return replace(self._nothing(), refused=refused)
         tables, missing = [], []
         for group, pool in enumerate(self.pools):
-            first = self._first_block(group, count * self.block_size)
+            first = self._finder.first_block(group, count * self.block_size)
             table = [NULL_BLOCK] * first
             for index in range(first, count):
                 if (block := pool.find(hashes[index])) is None:
                     missing.append(Missing(group, index, hashes[index]))
                 table.append(NULL_BLOCK if block is None else block)
             tables.append(tuple(table))
-        host, disk = self._sources(missing)
+        host, disk = self._finder.sources(missing)
         found = self._prefix(count * self.block_size, tables)
         return replace(found, missing=tuple(missing), from_host=host, from_disk=disk, refused=refused)
-
-    def _agreed(self, hashes: SequenceOf[bytes], most: int, *, lower: bool) -> int:
-        """The largest number of blocks, at most `most`, that all groups have as far as the next token sees them; with
-        what is below the device, or without."""
-        while True:  # it shrinks until all agree
-            agreed = most
-            for group in range(len(self.pools)):
-                most = self._hit(group, hashes, most, lower)
-            if most == agreed:
-                return most
-
-    def _hit(self, group: int, hashes: SequenceOf[bytes], most: int, below: bool) -> int:
-        """The largest number of blocks, at most `most`, behind which a token has what it sees in this group."""
-        pool, window, lower = self.pools[group], self.windows[group], self.lower if below else None
-        if window is None:
-            for index in range(most):
-                if pool.find(hashes[index]) is None and (lower is None or lower.find(group, hashes[index]) is None):
-                    return index
-            return most
-        last = most  # the end that is tried: what is between it and the loop's index is there
-        for index in range(most - 1, -1, -1):
-            if index < (last * self.block_size - window + 1) // self.block_size:
-                break
-            if pool.find(hashes[index]) is None and (lower is None or lower.find(group, hashes[index]) is None):
-                last = index
-        return last
-
-    def _cheapest(self, hashes: SequenceOf[bytes], least: int, most: int, known: int) -> int:
-        """How many of the leading blocks a sequence of `known` tokens begins with: `least` are on the device, what
-        follows is loaded as far as that is faster than to compute it.
-
-        What lies in one tier is loaded as a whole or not at all. Where groups have windows, all is or nothing.
-        """
-        costs, lower = self.costs, self.lower
-        if costs is None or lower is None:
-            return most
-        nbytes = [0, 0]  # from the host and from the disk, so far
-        seconds = {least: costs.compute(known, least * self.block_size)}
-        for group in range(len(self.pools)):
-            for index in range(self._first_block(group, most * self.block_size), most):
-                if self.pools[group].find(hashes[index]) is not None:
-                    continue
-                found = lower.find(group, hashes[index])
-                assert found is not None, "all groups were said to have it"
-                if found.on_disk and not nbytes[1] and len(self.pools) == 1 and self.windows[0] is None:
-                    seconds[index] = costs.compute(known, index * self.block_size) + costs.load(*nbytes)
-                nbytes[found.on_disk] += lower.shape.block_bytes[group]
-        seconds[most] = costs.compute(known, most * self.block_size) + costs.load(*nbytes)
-        return min(seconds, key=lambda end: (seconds[end], end))
-
-    def _sources(self, missing: SequenceOf[Missing]) -> tuple[int, int]:
-        """Tokens that come from the host, and from the disk."""
-        if self.lower is None or not missing:
-            return 0, 0
-        on_disk: dict[int, bool] = {}
-        for each in missing:
-            found = self.lower.find(each.group, each.digest)
-            on_disk[each.index] = on_disk.get(each.index, False) or (found is not None and found.on_disk)
-        disk = sum(on_disk.values())
-        return (len(on_disk) - disk) * self.block_size, disk * self.block_size
 
     def fork_of(self, parent: SequenceKV, num_tokens: int) -> Prefix | None:
         """The first `num_tokens` tokens of a running sequence, its last block shared even if it is not full.
@@ -237,7 +177,7 @@ class KVCache:
         count = -(-num_tokens // self.block_size)
         tables = []
         for group, table in enumerate(parent.tables):
-            first = self._first_block(group, num_tokens)
+            first = self._finder.first_block(group, num_tokens)
             if len(table) < count or NULL_BLOCK in table[first:count]:
                 return None
             tables.append((*[NULL_BLOCK] * first, *table[first:count]))
@@ -266,7 +206,7 @@ class KVCache:
             self.counts.host_hits += prefix.from_host
             self.counts.disk_hits += prefix.from_disk
         kv.tables = [list(table) for table in prefix.tables]
-        kv.passed = [self._first_block(group, prefix.num_tokens) for group in range(len(self.pools))]
+        kv.passed = [self._finder.first_block(group, prefix.num_tokens) for group in range(len(self.pools))]
         kv.registered = prefix.num_tokens // self.block_size
         for pool, table in zip(self.pools, prefix.tables, strict=True):
             pool.share(block for block in table if block != NULL_BLOCK)
@@ -359,7 +299,7 @@ class KVCache:
         for group, window in enumerate(self.windows):
             if window is None:
                 continue
-            passed, first = kv.passed[group], self._first_block(group, num_computed)
+            passed, first = kv.passed[group], self._finder.first_block(group, num_computed)
             if first > passed:
                 table = kv.tables[group]
                 blocks = table[passed:first]
@@ -382,16 +322,6 @@ class KVCache:
         """Length of the table of a sequence that computes up to `stop`."""
         tokens = known if self.windows[group] is None else stop
         return -(-tokens // self.block_size)
-
-    def _first_block(self, group: int, num_computed: int) -> int:
-        """The first block that the token behind `num_computed` ones sees."""
-        window = self.windows[group]
-        return 0 if window is None else max(0, num_computed - window + 1) // self.block_size
-
-    def note_step(self, num_tokens: int, seconds: float, moved: KVReport | None) -> None:
-        """What a step cost, for the choice between loading and computing; one that loaded says nothing of computing."""
-        if self.costs is not None and (moved is None or not (moved.loaded.blocks or moved.disk_loaded.blocks)):
-            self.costs.step.measured(num_tokens, seconds)
 
     # ---- what is kept --------------------------------------------------------------------------
 
@@ -417,16 +347,16 @@ class KVCache:
         """What the next step has to move; None where that is nothing."""
         return None if self.lower is None else self.lower.take_orders(settle=settle)
 
-    def moved(self, report: KVReport) -> None:
-        """The step with the last orders has ended. What was lost is not found any more, and what was computed on it is
-        worthless."""
+    def moved(self, report: KVReport, num_tokens: int, seconds: float) -> None:
+        """The step with the last orders has ended: it carried so many tokens, and took so long. What was lost is not
+        found any more, and what was computed on it is worthless."""
         if self.lower is None:
             return
         self.lower.apply(report)
         for move in report.lost:
             self.pools[move.group].unregister(move.block)
         if self.costs is not None:
-            self.costs.moved(report)
+            self.costs.learn(report, num_tokens, seconds)
 
     def collect(self, keep: int = 0) -> Collection:
         """Give up cached blocks until each group has at most `keep`."""

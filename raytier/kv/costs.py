@@ -80,11 +80,13 @@ class KVCosts:
         tokens = known - found
         return -(-tokens // self.chunk) * self.step.fixed + tokens * self.step.each
 
-    def moved(self, report: KVReport) -> None:
-        """Learn from what a step has loaded."""
+    def learn(self, report: KVReport, num_tokens: int, seconds: float) -> None:
+        """From a step: what it loaded; if it loaded nothing, what its tokens cost."""
         for cost, moved in ((self.host, report.loaded), (self.disk, report.disk_loaded)):
             if moved.nbytes:
                 cost.measured(moved.nbytes, moved.seconds)
+        if num_tokens and not (report.loaded.blocks or report.disk_loaded.blocks):
+            self.step.measured(num_tokens, seconds)
 
     def refused(self) -> None:
         """Something was found, and loading it was said to be slower."""
