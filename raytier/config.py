@@ -214,12 +214,31 @@ class Prefetch(_Section):
 
 
 class KVCache(_Section):
-    """Paged KV. The split of the device budget between weights and KV follows from the expected load."""
+    """Paged KV. The split of the device budget between weights and KV follows from the expected load.
+
+    `prefix_caching`: prompts begin with the KV of earlier ones as far as they are the same, in whole blocks and at
+    least `min_prefix_blocks` of them; up to `max_cached_blocks` blocks that no sequence uses are kept for that (null:
+    all). `sharing`: the samples of a request share the blocks of its prompt.
+    `high_free_fraction`, `critical_free_fraction`: where less than these is free, pressure is high or critical; while
+    it is critical no further sequence begins.
+    """
 
     block_size: int = Field(16, ge=1, le=1024)
     max_blocks: int | None = Field(None, ge=2)
     expected_sequences: int | Auto = "auto"  # auto: min(8, max_num_seqs)
     expected_context: int | Auto = "auto"  # tokens; auto: min(2048, the model's context)
+    prefix_caching: bool = True
+    sharing: bool = True
+    min_prefix_blocks: int = Field(1, ge=1)
+    max_cached_blocks: int | None = Field(None, ge=0)
+    high_free_fraction: float = Field(0.3, ge=0, le=1)
+    critical_free_fraction: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _critical_is_less(self) -> KVCache:
+        if self.critical_free_fraction > self.high_free_fraction:
+            raise ValueError("critical_free_fraction must not be above high_free_fraction")
+        return self
 
 
 class Scheduler(_Section):

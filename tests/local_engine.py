@@ -16,7 +16,7 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 from raytier.planner.budgets import planned_paths
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
@@ -40,6 +40,7 @@ class LocalEngine:
     runner: ModelRunner
     plan: WeightPlan
     manifest: ModelManifest
+    kv: KVCache
 
     @property
     def swept_bytes(self) -> int:
@@ -115,13 +116,14 @@ def local_engine(
         io_bytes=int(nvme.io_mb * 2**20),
         tokenizer=description.tokenizer,
     )
-    pool = BlockPool(share.block_size)
-    pool.add_extent(1, share.kv_blocks - 1)
+    kv = KVCache.of(manifest, share.block_size, config.kv)
+    for pool in kv.pools:
+        pool.add_extent(1, share.kv_blocks - 1)
     engine = Engine(
         "test",
         runner,
         Tokenizer(description.tokenizer),
-        pool,
+        kv,
         description.defaults,
         EngineConfig(
             config.scheduler,
@@ -132,7 +134,7 @@ def local_engine(
         ),
     )
     try:
-        yield LocalEngine(engine, runner, plan, manifest)
+        yield LocalEngine(engine, runner, plan, manifest, kv)
     finally:
         engine.close()
         runner.close()

@@ -5,6 +5,7 @@ Pure data: no torch, no transformers, picklable between processes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -127,6 +128,13 @@ class KVLayerSpec:
         return self.num_kv_heads * (self.key_dim + self.value_dim) * DTYPE_BYTES[dtype]
 
 
+def kv_windows(layers: Sequence[KVLayerSpec]) -> tuple[int | None, ...]:
+    """Windows of the KV cache groups, in order: layers of the same window share block tables; that of full attention
+    (None) comes first."""
+    windows = {layer.sliding_window for layer in layers}
+    return tuple(sorted(windows, key=lambda window: (window is not None, window or 0)))
+
+
 @dataclass(frozen=True)
 class ModelManifest:
     """A local model directory, described.
@@ -182,6 +190,16 @@ class ModelManifest:
     def kv_token_bytes(self) -> int:
         """Bytes of keys and values of one token over all layers in `compute_dtype`."""
         return sum(layer.token_bytes(self.compute_dtype) for layer in self.kv_layers)
+
+    @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """Of the KV cache groups; see the function of this name."""
+        return kv_windows(self.kv_layers)
+
+    def kv_group_token_bytes(self, window: int | None) -> int:
+        """Bytes of keys and values of one token over the layers of a KV cache group."""
+        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
+        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
 
     def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
         return tuple(p for p in self.parameters if p.layer == layer)

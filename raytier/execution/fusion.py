@@ -157,11 +157,12 @@ def _decoder_layer(
     if context is not None and attention_mask is None and position_embeddings is not None:
         window = _window_of(attention.__class__)
         assert window is not None
-        singles, longer = context.singles(window(attention) or 0)
+        group = context.store.group_of[attention.layer_idx]
+        singles, longer = context.singles(window(attention) or 0, group)
         pool = context.store.keys[attention.layer_idx], context.store.values[attention.layer_idx]
         if not longer and cpu_layer.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
             return cpu_layer.layer(
-                hidden_states, weights, position_embeddings, context.slots, pool, singles, attention.scaling
+                hidden_states, weights, position_embeddings, context.slots[group], pool, singles, attention.scaling
             )
     return type(self).forward(  # type: ignore[no-any-return]
         self,

@@ -199,6 +199,7 @@ class ModelRunner:
     def _forward(self, batch: StepBatch) -> StepResult:
         device = self._device
         self.sampler.begin(batch)
+        self.kv.copy_blocks(batch.copies)
         ids: list[int] = []
         positions: list[int] = []
         for chunk in batch.chunks:
