@@ -1,4 +1,4 @@
-"""What each decoder layer asks of attention, seen by running the model once on `meta` (no data, no weights).
+"""What each decoder layer asks of attention and of experts, seen by running the model once on `meta` (no data, no weights).
 
 The config does not say it reliably: windows, head widths and latent projections are read by each model in its
 own way. What reaches the attention function is what the KV store must hold, so that is what is recorded.
@@ -6,7 +6,9 @@ own way. What reaches the attention function is what the KV store must hold, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,30 +17,40 @@ from transformers import PreTrainedModel
 
 from raytier.checkpoint.architecture import (
     ATTENTION_NAME,
+    EXPERTS_NAME,
     PROBE_NAME,
     decoder_layers,
     one_line,
     probe_hook,
     unsupported,
 )
-from raytier.checkpoint.manifest import KVLayerSpec
+from raytier.checkpoint.manifest import ExpertBank, KVLayerSpec
 from raytier.errors import RaytierError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Keyword arguments that select keys: ignoring them would give wrong tokens.
 _INDEXERS = ("indices", "block_indices", "topk_indices")
 _TOKENS, _SEQUENCES = 3, 2
+#: Positions at which masks are looked at, beyond any window and on no border of blocks, and keys after them.
+_QUERIES, _BEYOND = (1_000_003, 1_200_001), 5
 
 
 @dataclass(frozen=True)
 class _Call:
     module: nn.Module
-    layer: object
     spec: KVLayerSpec
 
 
-def probe_attention(model: PreTrainedModel) -> tuple[KVLayerSpec, ...]:
-    """KV cache of each decoder layer of a model from `construct` (parameters and buffers on `meta`).
+@dataclass(frozen=True)
+class Probed:
+    """What was seen: KV cache per decoder layer, and the modules that compute routed experts, by name."""
+
+    kv_layers: tuple[KVLayerSpec, ...]
+    experts: tuple[ExpertBank, ...]
+
+
+def probe(model: PreTrainedModel) -> Probed:
+    """What the layers of a model from `construct` (parameters and buffers on `meta`) ask for.
 
     The forward call is the engine's: a packed batch, no cache, logits at selected positions.
 
@@ -51,28 +63,46 @@ def probe_attention(model: PreTrainedModel) -> tuple[KVLayerSpec, ...]:
     if convolution is not None:
         raise unsupported(what, f"{convolution} is a convolution over tokens or pixels, which carries state")
 
-    calls = _run(model, what)
+    calls, routed = _run(model, what)
     layers = decoder_layers(model)
-    order = [call.layer for call in calls]
-    if order != list(range(len(layers))) or any(
-        all(call.module is not m for m in layer.modules()) for call, layer in zip(calls, layers, strict=True)
-    ):
-        raise unsupported(what, f"its {len(layers)} decoder layers do not each run attention once in order")
-    for index, call in enumerate(calls):
-        expected = _configured_window(model, index)
-        if call.spec.sliding_window != expected:
-            raise unsupported(
-                what,
-                f"layer {index} has a window of {expected} tokens by its config and "
-                f"{call.spec.sliding_window} in its attention: the window is only in the mask",
-                "the model with use_sliding_window off, where it allows that; else a model of "
-                "mistral, qwen2, gemma2 or gemma3_text for windows",
-            )
-    return tuple(call.spec for call in calls)
+    owners = [next((n for n, layer in enumerate(layers) if call.module in layer.modules()), None) for call in calls]
+    if [owner for owner, _ in groupby(owners)] != list(range(len(layers))):
+        raise unsupported(what, f"its {len(layers)} decoder layers do not each run attention, once and in order")
+    one_each = len(calls) == len(layers)
+    specs = (
+        call.spec if one_each else replace(call.spec, layer=owner) for call, owner in zip(calls, owners, strict=True)
+    )
+    return Probed(tuple(specs), _banks(model, routed))
 
 
-def _run(model: PreTrainedModel, what: str) -> list[_Call]:
+def _banks(model: PreTrainedModel, routed: Mapping[nn.Module, int]) -> tuple[ExpertBank, ...]:
+    names = {module: name for name, module in model.named_modules()}
+    banks = []
+    for number, layer in enumerate(decoder_layers(model)):
+        for module in layer.modules():
+            if module in routed:
+                fused = max(module.parameters(recurse=False), key=lambda p: p.ndim)
+                banks.append(ExpertBank(names[module], number, fused.shape[0], routed[module]))
+    return tuple(banks)
+
+
+def _run(model: PreTrainedModel, what: str) -> tuple[list[_Call], dict[nn.Module, int]]:
     calls: list[_Call] = []
+    routed: dict[nn.Module, int] = {}
+    masks: dict[int, tuple[torch.Tensor, int | None]] = {}  # by identity, each kept alive
+
+    def route(module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, *_: object) -> torch.Tensor:
+        routed[module] = top_k_index.shape[-1]
+        return torch.empty_like(hidden)
+
+    def look(q_length: int, kv_length: int, mask_function: Callable[..., torch.Tensor], **_: object) -> torch.Tensor:
+        try:
+            window = _window_of(mask_function)
+        except Exception as error:
+            raise unsupported(what, f"its attention is no causal one, nor a sliding window of it: {one_line(error)}") from error
+        mask = torch.empty(1, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+        masks[id(mask)] = mask, window
+        return mask
 
     def record(
         module: nn.Module,
@@ -83,7 +113,7 @@ def _run(model: PreTrainedModel, what: str) -> list[_Call]:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         name = type(module).__name__
-        if attention_mask is not None:
+        if attention_mask is not None and id(attention_mask) not in masks:
             raise unsupported(what, f"{name} builds its own attention mask")
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise unsupported(what, f"{name} attends in both directions")
@@ -91,14 +121,16 @@ def _run(model: PreTrainedModel, what: str) -> list[_Call]:
         if selecting:
             raise unsupported(what, f"{name} selects keys by an indexer ({selecting[0]})")
         window = kwargs.get("sliding_window")
+        if attention_mask is not None:  # what transformers' own attention follows
+            _, window = masks[id(attention_mask)]
         spec = KVLayerSpec(key.shape[1], key.shape[-1], value.shape[-1], int(window) if window else None)
-        calls.append(_Call(module, getattr(module, "layer_idx", None), spec))
+        calls.append(_Call(module, spec))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     keep = torch.zeros(_SEQUENCES, dtype=torch.int64, device="meta")
-    model.config._attn_implementation = PROBE_NAME
-    probe_hook.record = record
+    model.config._attn_implementation = model.config._experts_implementation = PROBE_NAME
+    probe_hook.attention, probe_hook.experts, probe_hook.mask = record, route, look
     try:
         with torch.no_grad():
             logits = model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=keep).logits
@@ -109,20 +141,35 @@ def _run(model: PreTrainedModel, what: str) -> list[_Call]:
             what, f"its forward pass cannot be traced without data: {type(error).__name__}: {one_line(error)}"
         ) from error
     finally:
-        probe_hook.record = None
+        probe_hook.attention = probe_hook.experts = probe_hook.mask = None
         model.config._attn_implementation = ATTENTION_NAME
+        model.config._experts_implementation = EXPERTS_NAME
     if tuple(logits.shape[:2]) != (1, _SEQUENCES):
         raise unsupported(what, "it does not give logits at selected positions (logits_to_keep)")
-    return calls
+    return calls, routed
 
 
-def _configured_window(model: PreTrainedModel, layer: int) -> int | None:
-    """The window that the config gives to `layer`, or None."""
-    config = model.config
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
+def _window_of(mask_function: Callable[..., torch.Tensor]) -> int | None:
+    """Tokens that a query sees by a mask of transformers, itself included; None: all before it.
+
+    Raises:
+        ValueError: it hides or shows something else.
+    """
+    zero = torch.zeros(1, dtype=torch.int64)
+    seen = []
+    for query in _QUERIES:
+        keys = torch.arange(query + _BEYOND)
+        visible = torch.as_tensor(mask_function(zero, zero, torch.full_like(keys, query), keys)).expand(len(keys))
+        if bool(visible[query + 1 :].any()):
+            raise ValueError("it attends in both directions")
+        count = int(visible.sum())
+        if not bool(visible[query + 1 - count : query + 1].all()):
+            raise ValueError(
+                f"query {query} does not see itself and the {count - 1} tokens before it, and nothing else"
+            )
+        seen.append(count)
+    if seen == [query + 1 for query in _QUERIES]:
         return None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types and layer_types[layer] == "full_attention":
-        return None
-    return int(window)
+    if len(set(seen)) > 1:
+        raise ValueError(f"queries {_QUERIES} see {seen} tokens, which is no sliding window")
+    return seen[0]

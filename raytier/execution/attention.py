@@ -71,6 +71,7 @@ class ForwardContext:
     store: KVStore
     spans: tuple[SequenceSpan, ...]
     slots: Tensor
+    _calls: int = 0
     _runs: dict[int, list[list[tuple[int, int]]]] = field(default_factory=dict)
     _plans: dict[int, _Plan] = field(default_factory=dict)
     _singles: dict[int, tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
@@ -88,6 +89,22 @@ class ForwardContext:
                 slots.extend(range(first, first + count))
             q_start += len(chunk.token_ids)
         return cls(store, tuple(spans), torch.tensor(slots, dtype=torch.int64, device=device))
+
+    @property
+    def layer(self) -> int:
+        """The KV layer of the next attention call: they are numbered in the order of the calls of a forward pass."""
+        return self._calls % len(self.store.keys)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query of that call sees, itself included; 0: all."""
+        return self.store.windows[self.layer]
+
+    def next_layer(self) -> int:
+        """The same, for a call that is made now."""
+        layer = self.layer
+        self._calls += 1
+        return layer
 
     def first_key(self, span: SequenceSpan, window: int) -> int:
         """First token that the first query of `span` may see; `window` 0 means no window."""
@@ -184,7 +201,15 @@ def current_context() -> ForwardContext | None:
 
 
 #: Keyword arguments that reach the function and do not change its result in inference.
-_NEUTRAL = {"dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states"}
+_NEUTRAL = {
+    "sliding_window",  # the KV store has it, since some models state it in their masks alone
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+    "output_hidden_states",
+}
 
 
 def attention_forward(
@@ -194,7 +219,6 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -205,7 +229,6 @@ def attention_forward(
     Args:
         query: `[1, Hq, T, Dk]`; key `[1, Hkv, T, Dk]`; value `[1, Hkv, T, Dv]`: the new tokens only.
         attention_mask: must be None, since `raytier` registers no mask function.
-        sliding_window: tokens a query sees, itself included; None = all.
         softcap: `softcap * tanh(scores / softcap)` before the softmax (Gemma 2).
         s_aux: attention sinks `[Hq]`: one extra logit per head that takes probability and gives no value.
 
@@ -228,8 +251,8 @@ def attention_forward(
             f"{type(module).__name__} passes {unknown} to attention; raytier does not know them"
         )
 
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    window = int(sliding_window or 0)
+    layer = context.next_layer()
+    window = context.store.windows[layer]
     scores = _Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if softcap is None and cpu_kernels.fits_attend(query, key, value, context.store.keys[layer]):
         return _attend_by_kernel(context, layer, query, key, value, window, scores), None

@@ -83,6 +83,9 @@ class KVStore:
     """Keys and values of all layers for `num_blocks` blocks.
 
     The memory is reserved, not touched: pages cost nothing until a token is written to them.
+
+    Attributes:
+        windows: per layer, tokens that a query sees, itself included; 0: all.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class KVStore:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.dtype = dtype
+        self.windows = [s.sliding_window or 0 for s in layers]
         slots = num_blocks * block_size
         self.keys = [torch.empty(s.num_kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in layers]
         self.values = [torch.empty(s.num_kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in layers]

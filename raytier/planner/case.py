@@ -74,7 +74,7 @@ class Case:
         return sum(
             resident_nbytes(p, self.manifest)
             for p in parameters
-            if len(p.shape) > 1 and p.dtype != self.manifest.compute_dtype
+            if len(p.shape) > 1 and p.dtype != self.manifest.computed_dtype(p)
         )
 
     @property

@@ -120,12 +120,12 @@ def describe_sweep(
             bus[layer],
             fast[layer],
             plain[layer],
-            kv.token_bytes(manifest.compute_dtype),
-            kv.sliding_window or 0,
+            sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)),
+            max((kv.sliding_window or 0) for kv in manifest.kv_of(layer)),
             packed_matrices=fast_count[layer],
             plain_matrices=plain_count[layer],
         )
-        for layer, kv in enumerate(manifest.kv_layers)
+        for layer in range(count)
     ]
 
     head = manifest.by_name[manifest.head]

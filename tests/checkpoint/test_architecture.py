@@ -22,7 +22,8 @@ from raytier.checkpoint.architecture import (
     restore_buffers,
 )
 from raytier.checkpoint.describe import describe_config
-from raytier.checkpoint.probe import probe_attention
+from raytier.checkpoint.manifest import ExpertBank
+from raytier.checkpoint.probe import probe
 from raytier.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoint.families import FAMILIES, family_config
 from tests.models import MakeModel
@@ -121,7 +122,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kv_layers(name: str) -> None:
-    layers = probe_attention(construct(family_config(name), "float32"))
+    layers = probe(construct(family_config(name), "float32")).kv_layers
     assert [layer.sliding_window for layer in layers] == WINDOWS.get(name, [None] * 4)
     heads = 4 if name in ("gpt2", "gpt_neox") else 2
     dim = 16 if name in ("qwen3", "gemma2", "gemma3_text") else 8
@@ -142,7 +143,7 @@ def test_latent_attention_keeps_its_two_widths() -> None:
         qk_rope_head_dim=4,
         v_head_dim=6,
     )
-    layers = probe_attention(construct(config, "float32"))
+    layers = probe(construct(config, "float32")).kv_layers
     assert [(layer.key_dim, layer.value_dim) for layer in layers] == [(12, 6)] * 2
 
 
@@ -160,17 +161,11 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "nu
         ("bert-generation", {}, "does more than continue text"),
         ("mamba", {}, "recurrent or convolution state"),
         ("bloom", {}, "does not support the attention interface"),
-        ("mixtral", SMALL | {"num_local_experts": 2}, r"mixture-of-experts.*experts\.gate_up_proj"),
-        ("qwen3_moe", SMALL | {"num_experts": 2, "moe_intermediate_size": 16}, "mixture-of-experts"),
         ("deepseek_v32", {}, "indexed_attention"),
         ("llama4_text", {}, "chunked_attention"),
         ("gemma3", {}, "multimodal"),
         ("doge", SMALL, "builds its own attention mask"),
-        ("moshi", SMALL | {"sliding_window": 8}, "window is only in the mask"),
-        ("diffllama", SMALL, "attention once in order"),
-        ("gemma3_text", SMALL | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma3n_text", {}, "share the KV cache"),
-        ("gemma4_text", SMALL, "buffers stored in the checkpoint"),
+        ("gemma3_text", SMALL | {"use_bidirectional_attention": True}, "in both directions"),
         ("llama", SMALL | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("llama", SMALL | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised checkpoint \(gptq"),
         ("llama", SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
@@ -195,33 +190,44 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "nu
 )
 def test_refusals_name_reason_and_nearest(model_type: str, values: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says) as caught:
-        probe_attention(construct(CONFIG_MAPPING[model_type](**values), "float32"))
+        probe(construct(CONFIG_MAPPING[model_type](**values), "float32"))
     assert "Nearest supported: " in caught.value.message
 
 
-def test_windows_in_the_mask_only_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """qwen2_moe and phimoe do so (and are refused before, as mixture-of-experts)."""
+def test_windows_that_only_the_mask_states_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qwen2_moe and phimoe do so."""
     model = construct(family_config("mistral"), "float32")
     config = model.config
     for layer in decoder_layers(model):
         monkeypatch.setattr(layer.self_attn, "config", type(config)(**config.to_dict() | {"sliding_window": None}))
         layer.self_attn.config._attn_implementation = "raytier_probe"
-    with pytest.raises(UnsupportedModelError, match="window of 8 tokens by its config and None"):
-        probe_attention(model)
+    assert [layer.sliding_window for layer in probe(model).kv_layers] == [8] * 4
+
+
+def test_several_attention_calls_of_a_layer_have_a_cache_each() -> None:
+    """diffllama attends twice with the same keys and other values."""
+    layers = probe(construct(CONFIG_MAPPING["diffllama"](**SMALL), "float32")).kv_layers
+    assert [layer.layer for layer in layers] == [0, 0, 1, 1]
+
+
+def test_experts_are_seen() -> None:
+    config = CONFIG_MAPPING["mixtral"](**SMALL | {"num_local_experts": 6, "num_experts_per_tok": 3})
+    banks = probe(construct(config, "float32")).experts
+    assert banks == tuple(ExpertBank(f"model.layers.{n}.mlp.experts", n, 6, 3) for n in range(2))
 
 
 def test_convolutions_are_refused() -> None:
     model = construct(family_config("llama"), "float32")
     model.model.layers[1].conv = torch.nn.Conv1d(4, 4, 3, device="meta")
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.conv"):
-        probe_attention(model)
+        probe(model)
 
 
 def test_probe_leaves_the_model_ready_after_a_failure() -> None:
     model = construct(family_config("llama"), "float32")
     model.model.layers[1].self_attn.is_causal = False
     with pytest.raises(UnsupportedModelError, match="both directions"):
-        probe_attention(model)
+        probe(model)
     assert model.config._attn_implementation == "raytier"
 
 
