@@ -83,6 +83,9 @@ AttentionMaskInterface.register(PROBE_NAME, _probe_mask)
 AttentionInterface.register(PROBE_NAME, _probe_attention)
 ExpertsInterface.register(PROBE_NAME, _probe_experts)
 
+#: Tensors among the keyword arguments of attention that do not change its result in inference.
+NEUTRAL = frozenset({"position_ids", "logits_to_keep"})
+
 COMPUTE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -148,10 +151,11 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     name = model_class.__name__
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise unsupported(model_type, "an encoder or encoder-decoder model, which raytier does not run")
-    if not _is_causal_name(name) or config.get_text_config(decoder=True) is not config:
-        raise unsupported(
-            model_type, f"{name} does more than continue text (multimodal, or a decoder of another model)"
-        )
+    if not _is_causal_name(name):
+        raise unsupported(model_type, f"{name} is the decoder of another model")
+    inner = text_config(config)
+    if inner is not config and isinstance(inner, cast(type, model_class.config_class)):
+        raise unsupported(model_type, f"{name} runs one part of it, of a config of its own")
     architectures = config.architectures or []
     if architectures and not any(_is_causal_name(a) for a in architectures):
         raise unsupported(
@@ -163,7 +167,13 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _is_causal_name(name: str) -> bool:
-    return name.endswith(("ForCausalLM", "LMHeadModel"))
+    # What can take images or sound beside text is run as far as it continues text.
+    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part that continues text: `config` itself, unless the model has other parts beside it."""
+    return config.get_text_config(decoder=True)
 
 
 def check_supported(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
@@ -177,6 +187,7 @@ def check_supported(config: PreTrainedConfig, model_class: type[PreTrainedModel]
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise unsupported(what, f"quantised checkpoint ({method})", "the model's unquantised checkpoint")
+    config = text_config(config)
     layer_types = set(getattr(config, "layer_types", None) or ())
     if getattr(model_class, "_is_stateful", False) and not (layer_types and layer_types <= _LAYER_TYPES):
         raise unsupported(what, "it carries recurrent or convolution state, raytier pages attention's KV only")
@@ -221,10 +232,14 @@ def construct(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     """`build_meta` with the buffers still on `meta`, as `probe_attention` needs it."""
     model_class = causal_lm_class(config)
     check_supported(config, model_class)
+    config = copy.deepcopy(config)
+    if getattr(text_config(config), "use_bidirectional_attention", None) == "vision":
+        # The tokens of an image see each other; of text none, and there is nothing else here.
+        text_config(config).use_bidirectional_attention = None
     try:
         with torch.device("meta"), init.meta_device_safe_creation_ops():
             model = model_class._from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config),
+                config,
                 dtype=COMPUTE_DTYPES[dtype],
                 attn_implementation=PROBE_NAME,
                 experts_implementation=PROBE_NAME,
@@ -252,7 +267,7 @@ def own_dtypes(model: PreTrainedModel, dtype: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, tensor in stored_tensors(model):
         match = pattern.search(name) if pattern is not None else None
-        wanted = plan[groups[match.lastgroup]] if match is not None else tensor.dtype
+        wanted = plan[groups[str(match.lastgroup)]] if match is not None else tensor.dtype
         if wanted != COMPUTE_DTYPES[dtype]:
             found[name] = str(wanted).removeprefix("torch.")
     return found
@@ -311,7 +326,9 @@ def layer_prefix(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModelError: no or no single list of `num_hidden_layers` layers.
     """
-    count: int = model.config.num_hidden_layers
+    config = text_config(model.config)
+    # Where a layer attends twice, `num_hidden_layers` counts its halves.
+    count: int = getattr(config, "num_layers", None) or config.num_hidden_layers
     lists: list[str] = [
         name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
     ]

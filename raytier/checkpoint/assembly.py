@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -151,7 +152,7 @@ class StoredTensor:
             yield Extent(boxes[0].file, boxes[0].offset, item * prod(shape))
             return
         borders = sorted({b.start[0] for b in boxes} | {b.start[0] + b.shape[0] for b in boxes})
-        for first, last in zip(borders, borders[1:], strict=False):
+        for first, last in pairwise(borders):
             part = [b for box in boxes if (b := box.within(0, first, last)) is not None]
             if len(part) == 1 and len(borders) > 2:
                 yield from self._runs(part, (last - first, *shape[1:]))

@@ -26,6 +26,7 @@ from raytier.checkpoint.architecture import (
     own_dtypes,
     restore_buffers,
     stored_tensors,
+    text_config,
     unsupported,
 )
 from raytier.checkpoint.assembly import NotExpressible, StoredTensor
@@ -64,7 +65,7 @@ def describe_model(model_dir: str) -> ModelDescription:
     wishes = read_metadata(root)
     index = read_index(root)
     manifest = _manifest(root, config, wishes.max_context, index)
-    class_eos = getattr(config, "eos_token_id", None)
+    class_eos = getattr(text_config(config), "eos_token_id", None)
     return ModelDescription(
         manifest=manifest,
         tokenizer=describe_tokenizer(root, class_eos),
@@ -93,7 +94,7 @@ def _manifest(
     probed = probe(model)
     # Not used here, but a model whose buffers cannot be restored is refused now and not when it loads.
     restore_buffers(model)
-    groups = _tied_groups(model)
+    groups = [group for group in _tied_groups(model) if not any(probed.is_unused(name) for name in group)]
     if index is None:
         bound = [_Bound(group[0], tuple(group[1:]), None) for group in groups]
     else:
@@ -109,6 +110,7 @@ def _manifest(
         re.compile(re.escape(layer_prefix(model)) + r"\.(\d+)\."),
         {embedding: Role.EMBEDDING} if embedding == head else {embedding: Role.EMBEDDING, head: Role.HEAD},
         {bank.name for bank in probed.experts},
+        {embedding: "looked at beside the lookup of rows"} if probed.embedding_read else {},
     )
     return ModelManifest(
         model_dir=root,
@@ -117,9 +119,9 @@ def _manifest(
         files=index.files if index else (),
         parameters=tuple(parameter for b in bound for parameter in maker.parameters(b)),
         num_layers=len(decoder_layers(model)),
-        hidden_size=config.hidden_size,
+        hidden_size=text_config(config).hidden_size,
         vocab_size=maker.shapes[head][0],
-        max_context=_max_context(root, config, wished_context),
+        max_context=_max_context(root, text_config(config), wished_context),
         compute_dtype=dtype,
         kv_layers=probed.kv_layers,
         embedding=embedding,
@@ -148,6 +150,7 @@ class _Maker:
     layers: re.Pattern[str]
     roles: Mapping[str, Role]
     banks: Collection[str]
+    resident: Mapping[str, str]
 
     def parameters(self, bound: _Bound) -> list[Parameter]:
         try:
@@ -159,7 +162,8 @@ class _Maker:
         owner, _, leaf = bound.name.rpartition(".")
         shape = self.shapes[bound.name]
         if owner not in self.banks or len(shape) < 3:
-            yield self._parameter(bound, bound.name, shape, bound.stored, vectors=owner in self.banks)
+            resident = self.resident.get(bound.name) or ("biases of experts" if owner in self.banks else None)
+            yield self._parameter(bound, bound.name, shape, bound.stored, resident=resident)
             return
         experts = [None] * shape[0] if bound.stored is None else bound.stored.unstack()
         for expert, stored in enumerate(experts):
@@ -183,7 +187,7 @@ class _Maker:
         stored: StoredTensor | None,
         *,
         expert: ExpertPart | None = None,
-        vectors: bool = False,
+        resident: str | None = None,
     ) -> Parameter:
         match = self.layers.match(name)
         own = self.own_dtypes.get(bound.name)
@@ -198,7 +202,7 @@ class _Maker:
             aliases=bound.aliases,
             own_dtype=own,
             expert=expert,
-            vectors=vectors,
+            resident=resident,
         )
 
 

@@ -88,7 +88,7 @@ class Parameter:
         aliases: further names bound to the same storage (tied weights).
         own_dtype: dtype that it is computed in, where that is not the model's.
         expert: what it is a part of, for routed experts.
-        vectors: each row is a vector of its own (biases of experts): like a norm or a bias it stays on the device.
+        resident: why it can only be on the device, where its role and shape do not say so.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     own_dtype: str | None = None
     expert: ExpertPart | None = None
-    vectors: bool = False
+    resident: str | None = None
 
     def __post_init__(self) -> None:
         if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:
@@ -165,7 +165,7 @@ class ModelManifest:
     experts: tuple[ExpertBank, ...] = ()
 
     def __post_init__(self) -> None:
-        if set(self._kv_owners) != set(range(self.num_layers)):
+        if not set(self._kv_owners) <= set(range(self.num_layers)):
             raise ValueError(f"{len(self.kv_layers)} KV layers do not belong to {self.num_layers} decoder layers")
         if len({p.name for p in self.parameters}) != len(self.parameters):
             raise ValueError("duplicate parameter names")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from raytier.checkpoint.architecture import ATTENTION_NAME
+from raytier.checkpoint.architecture import ATTENTION_NAME, NEUTRAL
 from raytier.engine.step import SequenceChunk
 from raytier.errors import UnsupportedModelError
 from raytier.execution import cpu_kernels
@@ -200,18 +200,6 @@ def current_context() -> ForwardContext | None:
     return _current.context
 
 
-#: Keyword arguments that reach the function and do not change its result in inference.
-_NEUTRAL = {
-    "sliding_window",  # the KV store has it, since some models state it in their masks alone
-    "dropout",
-    "position_ids",
-    "use_cache",
-    "output_attentions",
-    "output_router_logits",
-    "output_hidden_states",
-}
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -245,7 +233,7 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask; raytier cannot page that")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{type(module).__name__} attends in both directions; raytier runs causal models")
-    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in _NEUTRAL]
+    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in NEUTRAL]
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} passes {unknown} to attention; raytier does not know them"

@@ -86,7 +86,7 @@ def _expert(module: Any, bank: ExpertBank, expert: int, hidden: Tensor) -> Tenso
     else:
         inner = module.act_fn(project("up_proj", hidden))
     out = project("down_proj", inner)
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[no-any-return]
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
 def _project(hidden: Tensor, parts: Sequence[Tensor], bias: Tensor | None, *, transposed: bool) -> Tensor:

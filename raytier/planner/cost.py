@@ -121,7 +121,7 @@ def describe_sweep(
             fast[layer],
             plain[layer],
             sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)),
-            max((kv.sliding_window or 0) for kv in manifest.kv_of(layer)),
+            max(((kv.sliding_window or 0) for kv in manifest.kv_of(layer)), default=0),
             packed_matrices=fast_count[layer],
             plain_matrices=plain_count[layer],
         )

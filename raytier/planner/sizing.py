@@ -30,7 +30,9 @@ def always_resident(parameter: Parameter, manifest: ModelManifest) -> str | None
     """Why a parameter can only live on the device, or None when it may be streamed."""
     if parameter.role is not Role.LAYER and parameter.name not in (manifest.embedding, manifest.head):
         return "always resident: outside the layers"
-    if len(parameter.shape) < 2 or parameter.vectors:
+    if parameter.resident is not None:
+        return f"always resident: {parameter.resident}"
+    if len(parameter.shape) < 2:
         return "always resident: norm or bias"
     if parameter.dtype != (dtype := manifest.computed_dtype(parameter)):
         return f"always resident: cast from {parameter.dtype} to {dtype}"
@@ -42,7 +44,7 @@ def packable(parameter: Parameter, manifest: ModelManifest, tier: Tier) -> bool:
 
     A tied pair is not: its other use, the embedding, reads rows. Experts are not, since few of them compute in a step.
     """
-    if parameter.expert is not None or parameter.vectors:
+    if parameter.expert is not None or parameter.resident is not None:
         return False
     return tier is Tier.DEVICE and len(parameter.shape) == 2 and parameter.name != manifest.embedding
 

@@ -18,7 +18,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from raytier.checkpoint.describe import describe_config
+from raytier.checkpoint.describe import describe_config, describe_model
 from raytier.engine.sampling_params import SamplingParams
 from raytier.errors import UnsupportedModelError
 from tests.checkpoint.families import VOCAB
@@ -38,7 +38,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size.*", VOCAB),
     (r"(num_hidden_layers|num_layers|n_layers?)", LAYERS),
     (r"(num_attention_heads|n_heads?|attention_heads|index_n_heads|mamba_n_heads)", HEADS),
-    (r"(max_position_embeddings|n_positions|max_seq_len)", 128),
+    (r"((original_)?max_position_embeddings|n_positions|max_seq_len)", 128),
     (r"(hidden_size|n_embd|d_model|word_embed_proj_dim|embedding_size|backbone_hidden_size)", 32),
     (r"(moe_intermediate_size|expert_ffn_hidden_size)", 24),
     (r"(.*intermediate_size.*|ffn_dim|dff|.*ffn_hidden_size|n_inner)", 48),
@@ -67,9 +67,10 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
 _UNSET = ("head_dim", "n_routed_experts", "n_shared_experts", "n_group", "topk_group", "num_experts_per_tok")
 #: What the checkpoints of a type state, without which its classes cannot be built.
 _FULL_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_STATED: dict[str, dict[str, Any]] = {
+STATED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _FULL_ROPE}},
-    "dbrx": {"attn_config": {"model_type": "", "rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": None}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "granitemoehybrid": {"layer_types": ["full_attention"] * LAYERS, "mamba_d_head": "auto"},
     "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
 }
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -90,7 +91,7 @@ def flagged() -> dict[str, type[PreTrainedModel]]:
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The default config of a model type with every size shrunk."""
     config_class = CONFIG_MAPPING[model_type]
-    values = config_class().to_dict() | _STATED.get(model_type, {})
+    values = config_class().to_dict() | STATED.get(model_type, {})
     # Keys and values of multi-head latent attention are made for every head.
     return config_class(**_shrunk(values, kv_heads=HEADS if "qk_rope_head_dim" in values else 2))
 
@@ -102,7 +103,9 @@ def _shrunk(values: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
     kept = _kept_layers([(*(v[i] for v in lists.values()), per_layer.get(f"{i:02}")) for i in range(layers)])
     small: dict[str, Any] = {}
     for key, value in values.items():
-        if key in _TOKENS:
+        if key in STATED.get(values.get("model_type", ""), {}):
+            small[key] = value
+        elif key in _TOKENS:
             small[key] = _TOKENS[key]
         elif key in _KV_HEADS:
             small[key] = kv_heads
@@ -113,8 +116,6 @@ def _shrunk(values: Mapping[str, Any], kv_heads: int) -> dict[str, Any]:
         elif key == "per_layer_config":
             found = {new: per_layer.get(f"{old:02}") for new, old in enumerate(kept)}
             small[key] = {f"{i:02}": _shrunk(one, kv_heads) | _WIDER for i, one in found.items() if one} or None
-        elif key in _STATED.get(values.get("model_type", ""), {}):
-            small[key] = value
         elif value is None and key in _UNSET:
             small[key] = _shrunk_size(key, _LARGE)
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -178,7 +179,11 @@ def judge(model_type: str, path: Path, tokenizer_dir: Path) -> Verdict:
     try:
         config = tiny_config(model_type)
     except Exception as error:  # a validator of the class: then the model must be refused for what it is
-        config, not_tiny = CONFIG_MAPPING[model_type](), error
+        not_tiny = error
+        try:
+            config = CONFIG_MAPPING[model_type]()
+        except Exception:
+            return Verdict(model_type, architecture, "its class has no default config that is valid")
     config.save_pretrained(path)
     try:
         describe_config(str(path))
@@ -187,6 +192,10 @@ def judge(model_type: str, path: Path, tokenizer_dir: Path) -> Verdict:
     if not_tiny is not None:
         raise AssertionError("no tiny config can be made") from not_tiny
     save_tiny(model_type, path)
+    try:
+        describe_model(str(path))
+    except UnsupportedModelError as error:  # for how its checkpoints are saved
+        return Verdict(model_type, architecture, str(error))
     wanted = reference(path)
     assert len({tuple(tokens) for tokens in wanted}) > 1, "all outputs alike: the test would see no mix-up"
     with local_engine(
