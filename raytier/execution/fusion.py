@@ -20,7 +20,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from raytier.execution import cpu_kernels, linears
+from raytier.execution import cpu_kernels, cpu_layer, linears
 from raytier.execution.attention import current_context
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -119,19 +119,19 @@ def _is_decoder_layer(layer: Any) -> bool:
     )
 
 
-def _projections(layer: Any) -> tuple[nn.Module, ...]:
+def _projections(layer: Any) -> tuple[linears.Linear, ...]:
     attention, mlp = layer.self_attn, layer.mlp
     heads = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     return (*heads, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def _weights(layer: Any) -> cpu_kernels.LayerWeights:
+def _weights(layer: Any) -> cpu_layer.LayerWeights:
     """What is bound to `layer` now."""
     attention = layer.self_attn
     heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     norms = (layer.input_layernorm, layer.post_attention_layernorm, *heads)
-    return cpu_kernels.LayerWeights(
-        tuple((part._parameters["weight"], part._parameters["bias"]) for part in _projections(layer)),  # type: ignore[misc]
+    return cpu_layer.LayerWeights(
+        tuple((part.bound, part._parameters["bias"]) for part in _projections(layer)),
         tuple(norm and (norm._parameters["weight"], norm.variance_epsilon) for norm in norms),
     )
 
@@ -150,9 +150,9 @@ def _decoder_layer(
     if context is not None and attention_mask is None and position_embeddings is not None:
         singles, longer = context.singles(context.window)
         pool = context.store.keys[context.layer], context.store.values[context.layer]
-        if not longer and cpu_kernels.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
+        if not longer and cpu_layer.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
             context.next_layer()
-            return cpu_kernels.layer(
+            return cpu_layer.layer(
                 hidden_states, weights, position_embeddings, context.slots, pool, singles, attention.scaling
             )
     return type(self).forward(  # type: ignore[no-any-return]

@@ -158,12 +158,13 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "nu
         ("bert", {"is_decoder": True}, "encoder"),
         ("roberta", {}, "encoder"),
         ("bart", {}, "encoder"),
-        ("bert-generation", {}, "does more than continue text"),
+        ("bert-generation", {}, "decoder of another model"),
         ("mamba", {}, "recurrent or convolution state"),
         ("bloom", {}, "does not support the attention interface"),
         ("deepseek_v32", {}, "indexed_attention"),
         ("llama4_text", {}, "chunked_attention"),
-        ("gemma3", {}, "multimodal"),
+        ("llama4", {}, "one part of it"),
+        ("moshi", SMALL | {"sliding_window": 8}, "attends to all tokens while its config states a window of 8"),
         ("doge", SMALL, "builds its own attention mask"),
         ("gemma3_text", SMALL | {"use_bidirectional_attention": True}, "in both directions"),
         ("llama", SMALL | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
@@ -218,8 +219,10 @@ def test_experts_are_seen() -> None:
 
 def test_convolutions_are_refused() -> None:
     model = construct(family_config("llama"), "float32")
-    model.model.layers[1].conv = torch.nn.Conv1d(4, 4, 3, device="meta")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.conv"):
+    mlp = model.model.layers[1].mlp
+    mlp.conv = torch.nn.Conv1d(3, 3, 3, padding=1, device="meta")
+    mlp.register_forward_pre_hook(lambda module, args: (module.conv(args[0]),))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.conv"):
         probe(model)
 
 
@@ -263,3 +266,13 @@ def test_code_of_the_model_is_not_run_where_transformers_has_its_own(tmp_path: P
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass")
     assert causal_lm_class(load_config(str(tmp_path))).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
+
+
+def test_parts_that_do_not_continue_text_are_left_out(tmp_path: Path) -> None:
+    """E2: a model that takes images too runs on text alone, and its tower is not even read."""
+    text = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    names = [p.name for p in describe_config(str(tmp_path)).parameters]
+    assert any(".language_model.layers.1." in name for name in names)
+    assert not any("vision" in name or "projector" in name for name in names)
