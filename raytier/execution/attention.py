@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from raytier.checkpoint.architecture import ATTENTION_NAME
+from raytier.checkpoint.architecture import ATTENTION_NAME, NEUTRAL
 from raytier.engine.step import SequenceChunk
 from raytier.errors import UnsupportedModelError
 from raytier.execution import cpu_kernels
@@ -78,6 +78,7 @@ class ForwardContext:
     store: KVStore
     spans: tuple[SequenceSpan, ...]
     slots: tuple[Tensor, ...]
+    _calls: int = 0
     _runs: dict[tuple[int, int], list[list[tuple[int, int]]]] = field(default_factory=dict)
     _plans: dict[tuple[int, int], _Plan] = field(default_factory=dict)
     _singles: dict[tuple[int, int], tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
@@ -100,6 +101,22 @@ class ForwardContext:
     @property
     def device(self) -> torch.device:
         return self.slots[0].device
+
+    @property
+    def layer(self) -> int:
+        """The KV layer of the next attention call: they are numbered in the order of the calls of a forward pass."""
+        return self._calls % len(self.store.keys)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query of that call sees, itself included; 0: all."""
+        return self.store.windows[self.layer]
+
+    def next_layer(self) -> int:
+        """The same, for a call that is made now."""
+        layer = self.layer
+        self._calls += 1
+        return layer
 
     def first_key(self, span: SequenceSpan, window: int) -> int:
         """First token that the first query of `span` may see; `window` 0 means no window."""
@@ -196,10 +213,6 @@ def current_context() -> ForwardContext | None:
     return _current.context
 
 
-#: Keyword arguments that reach the function and do not change its result in inference.
-_NEUTRAL = {"dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states"}
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -207,7 +220,6 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -218,7 +230,6 @@ def attention_forward(
     Args:
         query: `[1, Hq, T, Dk]`; key `[1, Hkv, T, Dk]`; value `[1, Hkv, T, Dv]`: the new tokens only.
         attention_mask: must be None, since `raytier` registers no mask function.
-        sliding_window: tokens a query sees, itself included; None = all.
         softcap: `softcap * tanh(scores / softcap)` before the softmax (Gemma 2).
         s_aux: attention sinks `[Hq]`: one extra logit per head that takes probability and gives no value.
 
@@ -235,14 +246,14 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask; raytier cannot page that")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{type(module).__name__} attends in both directions; raytier runs causal models")
-    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in _NEUTRAL]
+    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in NEUTRAL]
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} passes {unknown} to attention; raytier does not know them"
         )
 
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    window = int(sliding_window or 0)
+    layer = context.next_layer()
+    window = context.store.windows[layer]
     scores = _Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if softcap is None and cpu_kernels.fits_attend(query, key, value, context.store.keys[layer]):
         return _attend_by_kernel(context, layer, query, key, value, window, scores), None

@@ -48,7 +48,8 @@ class ModelRunner:
         self._model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
+                if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
+                    module._buffers[name] = buffer.to(device)
         self.kv = KVStore(
             manifest.kv_layers,
             share.kv_blocks,

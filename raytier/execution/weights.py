@@ -72,7 +72,6 @@ class Weights:
         self._host_views = dict(host_views)
         self._bindings = Bindings(model, sources.manifest)
         self._bus = Bus(device) if device.type == "cuda" else None
-        self._dtype = TORCH_DTYPES[sources.manifest.compute_dtype]
         self._resident: dict[str, Tensor] = {}  # of the device tier, as they are bound
         self._host: dict[str, Tensor] = {}
         self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
@@ -120,16 +119,17 @@ class Weights:
                 if self._tier_of[name] is Tier.HOST:
                     self._keep_on_host(name, self._to_host(name, tensor, self._host_views[name]))
                 else:
-                    self._keep_on_device(name, self._to_device(tensor, buffer))
+                    self._keep_on_device(name, self._to_device(name, tensor, buffer))
                 self.bytes_loaded += self.manifest.by_name[name].nbytes
 
         return finish
 
-    def _to_device(self, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
+    def _to_device(self, name: str, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
         """A parameter that has been read, as the device keeps it; it may stay in the buffer that it was read into."""
+        dtype = TORCH_DTYPES[self.manifest.computed_dtype(self.manifest.by_name[name])]
         if self._bus is not None:
-            return self._bus.copy(tensor.to(self._dtype))
-        return tensor.to(self._dtype, copy=buffer is None)
+            return self._bus.copy(tensor.to(dtype))
+        return tensor.to(dtype, copy=buffer is None)
 
     def _to_host(self, name: str, tensor: Tensor, view: memoryview) -> Tensor:
         """A copy in the arena, whose pages are small: direct reads into them are slow, hence by way of a buffer."""
@@ -310,7 +310,7 @@ class Weights:
             tensor = arrived()
         if destination is Tier.HOST:
             return self._to_host(name, tensor, host_views[name])
-        return linears.pack(tensor) if self._packs(name) else self._to_device(tensor, buffer)
+        return linears.pack(tensor) if self._packs(name) else self._to_device(name, tensor, buffer)
 
     def _settle(
         self,
