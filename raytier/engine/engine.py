@@ -15,6 +15,7 @@ from queue import SimpleQueue
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
+from raytier.engine.keeping import keep_kv
 from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, SequenceUse, Sink, StepReport, merge
 from raytier.engine.requests import CheckedParams, Request, Sample, build_request, check_prompt, check_terms, specify
 from raytier.engine.sampling_params import SamplingParams
@@ -295,10 +296,8 @@ class Engine:
                 began = time.perf_counter()
                 result = self._executor.step(batch)
                 self._postprocess(batch, result, time.perf_counter() - began)
-            if self._error is None:
-                self._end_all(FinishReason.ABORT, CLOSED)
-            else:
-                self._end_all(FinishReason.ERROR, self._error)
+            self._end_all(*((FinishReason.ERROR, self._error) if self._error else (FinishReason.ABORT, CLOSED)))
+            keep_kv(self.kv, self._scheduler, self._executor)
         except BaseException as error:
             logger.exception("engine of %s died", self.model_id)
             self._end_all(FinishReason.ERROR, _reason(error))

@@ -179,16 +179,22 @@ class Scheduler:
                 arrivals.append(sequence.arrival())
         return self._batch(tuple(chunks), tuple(arrivals), self._kv.take_orders())
 
-    def schedule_moves(self) -> StepBatch | None:
+    def schedule_moves(self, *, keep: bool = False) -> StepBatch | None:
         """A step that runs nothing, and ends when KV that belongs on disk is there; None where there is none.
+
+        Args:
+            keep: give up part of what is on the device, so that it goes there too.
 
         Raises:
             RuntimeError: the last step's result has not been applied.
         """
         if self._stepping:
             raise RuntimeError(f"step {self._step} is in flight: apply its result first")
-        if self._kv.lower is None or not self._kv.lower.has_writes:
+        lower = self._kv.lower
+        if lower is None or not (lower.has_writes or (keep and self._kv.num_cached)):
             return None
+        if keep:
+            self._kv.evict(max(1, lower.shape.host_slots // 4))
         orders = self._kv.take_orders(settle=True)
         return None if orders is None else self._batch((), (), orders)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from raytier.checkpoint.architecture import ATTENTION_NAME
+from raytier.checkpoint.architecture import ATTENTION_NAME, NEUTRAL
 from raytier.engine.step import SequenceChunk
 from raytier.errors import UnsupportedModelError
 from raytier.execution import cpu_kernels
@@ -73,13 +73,14 @@ class ForwardContext:
 
     Attributes:
         slots: where the step's tokens are written, per group.
-        ready: returns when the blocks of a layer are there; to be called before they are read or written.
+        ready: returns when the blocks of a layer are in place.
     """
 
     store: KVStore
     spans: tuple[SequenceSpan, ...]
     slots: tuple[Tensor, ...]
     ready: Callable[[int], None]
+    _calls: int = 0
     _runs: dict[tuple[int, int], list[list[tuple[int, int]]]] = field(default_factory=dict)
     _plans: dict[tuple[int, int], _Plan] = field(default_factory=dict)
     _singles: dict[tuple[int, int], tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
@@ -109,6 +110,23 @@ class ForwardContext:
     @property
     def device(self) -> torch.device:
         return self.slots[0].device
+
+    @property
+    def layer(self) -> int:
+        """The KV layer of the next attention call: they are numbered in the order of the calls of a forward pass."""
+        return self._calls % len(self.store.keys)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query of that call sees, itself included; 0: all."""
+        return self.store.windows[self.layer]
+
+    def next_layer(self) -> int:
+        """The same, for a call that is made now; the blocks of the layer are in place when this returns."""
+        layer = self.layer
+        self._calls += 1
+        self.ready(layer)
+        return layer
 
     def first_key(self, span: SequenceSpan, window: int) -> int:
         """First token that the first query of `span` may see; `window` 0 means no window."""
@@ -209,10 +227,6 @@ def current_context() -> ForwardContext | None:
     return _current.context
 
 
-#: Keyword arguments that reach the function and do not change its result in inference.
-_NEUTRAL = {"dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states"}
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -220,7 +234,6 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -231,7 +244,6 @@ def attention_forward(
     Args:
         query: `[1, Hq, T, Dk]`; key `[1, Hkv, T, Dk]`; value `[1, Hkv, T, Dv]`: the new tokens only.
         attention_mask: must be None, since `raytier` registers no mask function.
-        sliding_window: tokens a query sees, itself included; None = all.
         softcap: `softcap * tanh(scores / softcap)` before the softmax (Gemma 2).
         s_aux: attention sinks `[Hq]`: one extra logit per head that takes probability and gives no value.
 
@@ -248,15 +260,14 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask; raytier cannot page that")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{type(module).__name__} attends in both directions; raytier runs causal models")
-    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in _NEUTRAL]
+    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in NEUTRAL]
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} passes {unknown} to attention; raytier does not know them"
         )
 
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    context.ready(layer)
-    window = int(sliding_window or 0)
+    layer = context.next_layer()
+    window = context.store.windows[layer]
     scores = _Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if softcap is None and cpu_kernels.fits_attend(query, key, value, context.store.keys[layer]):
         return _attend_by_kernel(context, layer, query, key, value, window, scores), None

@@ -86,6 +86,9 @@ class KVStore:
     A block of a group lies in the layers of that group alone (`group_of`, by layer).
 
     The memory is reserved, not touched: pages cost nothing until a token is written to them.
+
+    Attributes:
+        windows: per layer, tokens that a query sees, itself included; 0: all.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class KVStore:
         windows = kv_windows(layers)
         self.group_of = tuple(windows.index(layer.sliding_window) for layer in layers)
         self.num_groups = len(windows)
+        self.windows = [s.sliding_window or 0 for s in layers]
         slots = num_blocks * block_size
         self.keys = [torch.empty(s.num_kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in layers]
         self.values = [torch.empty(s.num_kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in layers]

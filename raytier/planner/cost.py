@@ -136,14 +136,14 @@ def describe_sweep(
             bus[layer],
             fast[layer],
             plain[layer],
-            kv.token_bytes(manifest.compute_dtype),
-            kv.sliding_window or 0,
+            sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)),
+            max(((kv.sliding_window or 0) for kv in manifest.kv_of(layer)), default=0),
             packed_matrices=fast_count[layer],
             plain_matrices=plain_count[layer],
             decoded_bytes=decoded[layer],
             held_bytes=held[layer],
         )
-        for layer, kv in enumerate(manifest.kv_layers)
+        for layer in range(count)
     ]
 
     head = manifest.by_name[manifest.head]

@@ -80,7 +80,7 @@ def plan_weights(
         mixed_tokens=first,
         activation_bytes=_beside(manifest, config, kind, first),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
-        schemes=tier_schemes(manifest, config),
+        schemes=tier_schemes(manifest, config, kind),
     )
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))

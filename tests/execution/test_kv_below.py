@@ -3,12 +3,15 @@ judge. What cannot be written or read again is computed, and counted (G6: nothin
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytier.engine.sampling_params import SamplingParams
+from raytier.kv.costs import KVCosts
+from raytier.tiers.kv_files import KVFile
 from tests.execution.test_prefix_cache import FAMILIES, tree
 from tests.local_engine import LocalEngine, local_engine
 from tests.models import MakeModel, transformers_greedy
@@ -70,3 +73,83 @@ def test_replays_find_what_was_given_up(family: str, below: str, make_model: Mak
         assert counts.lost == counts.write_failures == 0
         assert local.kv.num_used == 0
     assert not list(tmp_path.rglob("*.kv")), "what is not to be kept is gone"
+
+
+@pytest.fixture
+def llama(make_model: MakeModel) -> Path:
+    return make_model("llama")
+
+
+def kept(tmp_path: Path) -> dict[str, Any]:
+    kv = DEVICE | {"host_mb": 0, "disk_gb": 0.25, "disk_once": True, "persist": True}
+    return {"kv": kv, "scheduler": SCHEDULER, "tiers": TIERS, "cache_dir": str(tmp_path)}
+
+
+def test_a_restart_finds_what_was_kept(llama: Path, tmp_path: Path, make_model: MakeModel) -> None:
+    prompts = tree(12, seed=6)
+    wanted = transformers_greedy(llama, prompts, COUNT)
+    whole = sum((len(prompt) - 1) // 4 * 4 for prompt in prompts)
+    with local_engine(llama, **kept(tmp_path)) as local:
+        assert run(local, prompts) == wanted
+    with local_engine(llama, **kept(tmp_path)) as local:
+        assert run(local, prompts) == wanted
+        counts = local.engine.stats().kv
+        assert counts.hits == whole and counts.disk_hits > 0
+    with open(llama / "config.json", "a", encoding="utf-8") as config:
+        config.write(" ")
+    with local_engine(llama, **kept(tmp_path)) as local:
+        assert run(local, prompts) == wanted
+        assert local.engine.stats().kv.disk_hits == 0, "another model's: a change of the configuration is enough"
+
+
+def test_damaged_files_are_computed_again(llama: Path, tmp_path: Path) -> None:
+    """Every block of the kept file is damaged: the sequences that were to begin with them begin again."""
+    prompts = tree(12, seed=7)
+    wanted = transformers_greedy(llama, prompts, COUNT)
+    with local_engine(llama, **kept(tmp_path)) as local:
+        assert run(local, prompts) == wanted
+    [path] = tmp_path.rglob("*.kv")
+    size = os.path.getsize(path)
+    path.write_bytes(b"\x41" * size)
+    with local_engine(llama, **kept(tmp_path)) as local:
+        assert run(local, prompts) == wanted
+        assert local.kv.lower is not None and local.kv.lower.counts.lost > 0
+        assert local.engine.stats().preemptions == 0
+        assert run(local, prompts) == wanted
+        local.kv.check_integrity([])
+
+
+def test_a_full_disk_loses_no_request(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every write fails, as on a full disk: what the host has no room for is computed again, and failures counted."""
+    prompts = tree(16, seed=8)
+    wanted = transformers_greedy(llama, prompts, COUNT)
+
+    def full(self: KVFile, views: object, offset: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(KVFile, "_write_all", full)
+    with local_engine(llama, **kept(tmp_path)) as local:
+        shrink_host(local, 8)
+        for _ in range(2):
+            assert run(local, prompts) == wanted
+        assert local.kv.lower is not None
+        counts = local.kv.lower.counts
+        assert counts.write_failures > 0 and counts.written == 0 and counts.lost == 0
+        local.kv.check_integrity([])
+
+
+@pytest.mark.parametrize("slow", ["loads", "steps"])
+def test_what_is_faster_is_done(slow: str, llama: Path) -> None:
+    """F5: where loads are said to be slow, everything is computed again; where steps are, everything is loaded."""
+    prompts = tree(16, seed=9)
+    wanted = transformers_greedy(llama, prompts, COUNT)
+    kv = DEVICE | {"host_mb": 64}
+    with local_engine(llama, kv=kv, scheduler=SCHEDULER, tiers=TIERS) as local:
+        assert local.kv.lower is not None
+        rate = 1.0 if slow == "loads" else 1e12
+        local.kv.attach(local.kv.lower, KVCosts(0.001, 1.0 if slow == "steps" else 0.0, 16, rate, rate))
+        for _ in range(2):
+            assert run(local, prompts) == wanted
+        counts = local.kv.lower.counts
+        assert counts.stored > 0
+        assert (counts.loaded > 0, counts.refused > 0) == (slow == "steps", slow == "loads")
