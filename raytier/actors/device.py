@@ -74,6 +74,7 @@ class DeviceStatus:
     """What a device holds and has done. Sizes in bytes, times in seconds.
 
     Attributes:
+        host_bytes, kv_host_bytes: of the host pool, for parameters and for KV.
         reads_queued: read requests, nearly all of them prefetches, that wait for a thread.
         bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
     """
@@ -85,6 +86,7 @@ class DeviceStatus:
     model_id: str | None
     resident_bytes: int
     host_bytes: int
+    kv_host_bytes: int
     ring_bytes: int
     kv_bytes: int
     max_rss_bytes: int
@@ -113,6 +115,7 @@ class DeviceActor:
         self._runner: ModelRunner | None = None
         self._model_id: str | None = None
         self._arena: Arena | None = None
+        self._kv_host_bytes = 0
         self._began = 0.0
         self._last: tuple[int, int] = (-1, 0)
         self._steps = 0
@@ -190,6 +193,7 @@ class DeviceActor:
             self._give_back()
             raise
         self._model_id = model_id
+        self._kv_host_bytes = 0 if kv_grant is None else kv_grant.nbytes
         self._last = (-1, 0)
         return time.perf_counter() - self._began
 
@@ -253,6 +257,7 @@ class DeviceActor:
 
     def _give_back(self) -> None:
         """Let the system have what a model held; allocators would keep part of it."""
+        self._kv_host_bytes = 0
         if self._arena is not None:
             self._arena.close()
             self._arena = None
@@ -292,6 +297,7 @@ class DeviceActor:
             model_id=self._model_id,
             resident_bytes=memory.get("resident", 0),
             host_bytes=memory.get("host", 0),
+            kv_host_bytes=self._kv_host_bytes,
             ring_bytes=memory.get("ring", 0),
             kv_bytes=memory.get("kv", 0),
             max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -8,6 +8,8 @@ from raytier.kv.orders import KVReport
 _DECAY = 0.98
 #: What one refusal takes from the weight of measurements, so that a bad one is not believed for ever.
 _FORGET = 0.9
+#: Weight of each of the two measurements that are assumed, beside 1 of one that was made.
+_PRIOR = 0.02
 
 
 class LinearCost:
@@ -22,7 +24,7 @@ class LinearCost:
     """
 
     def __init__(self, fixed: float, each: float, scale: float) -> None:
-        self._prior = ((0.1, 0.0, fixed), (0.1, 1.0, fixed + each * scale))  # weight, x / scale, seconds
+        self._prior = ((_PRIOR, 0.0, fixed), (_PRIOR, 1.0, fixed + each * scale))  # weight, x / scale, seconds
         self._scale = scale
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # w, wx, wxx, wy, wxy
         self._fit()

@@ -94,7 +94,7 @@ def test_a_quarter_on_the_device_and_the_rest_in_the_host_pool(
         check_ledger(llm, PROMPTS, COUNT)
         status = llm.status()
         assert status.device.resident_bytes + status.device.kv_bytes <= manifest.nbytes // 4
-        assert status.host.owners == {"layered": status.device.host_bytes}
+        assert status.host.owners == {"layered": status.device.host_bytes + status.device.kv_host_bytes}
         assert llm.plan.host_bytes <= status.device.host_bytes <= status.host.capacity
 
         assert repr_of(actors["device"]) == "DeviceActor(cpu, 1 threads)"

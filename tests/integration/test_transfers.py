@@ -85,8 +85,9 @@ def check_accounts(llm: LLM, manifest: ModelManifest, directories: tuple[Path, P
     by_tier = {tier: [p for p in layers if p.tier is tier] for tier in Tier}
     sums = {tier: sum(p.current_nbytes for p in found) for tier, found in by_tier.items()}
     assert status.device.resident_bytes == sums[Tier.DEVICE]
-    assert status.device.host_bytes == sums[Tier.HOST] == status.host.owners.get("layered", 0)
-    assert status.host.ranges == len(by_tier[Tier.HOST])
+    assert status.device.host_bytes == sums[Tier.HOST]
+    assert status.host.owners.get("layered", 0) == status.device.host_bytes + status.device.kv_host_bytes
+    assert status.host.ranges == len(by_tier[Tier.HOST]) + bool(status.device.kv_host_bytes)
     assert status.host.free <= status.host.capacity - sums[Tier.HOST]
     assert status.ramdisk.files == len(by_tier[Tier.RAMDISK]) == len(files_in(Path("/dev/shm")))
     assert sum(path.stat().st_size for path in files_in(Path("/dev/shm"))) == status.ramdisk.stored_bytes
