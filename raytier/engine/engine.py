@@ -262,7 +262,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            load = self._scheduler.num_running, self._scheduler.num_waiting, self._scheduler.num_preemptions
+            queue = self._scheduler
+            load = queue.num_running, queue.num_waiting, queue.num_preemptions, queue.num_restarts
             return self._statistics.snapshot(*load, self.kv, self._dead)
 
     def kv_sequences(self) -> list[SequenceUse]:

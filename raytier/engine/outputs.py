@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from raytier.engine.step import StepStats, TokenLogprobs
 from raytier.kv.ledger import LedgerDelta
-from raytier.kv.usage import CacheCounts, GroupUse, Pressure
+from raytier.kv.usage import BelowUse, CacheCounts, GroupUse, Pressure
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +190,8 @@ class EngineStats:
         kv_blocks_total, kv_blocks_used, kv_blocks_free: over all KV cache groups; shared blocks count once.
         kv_blocks_cached: of the free ones, those that are found by what they hold.
         kv_evictions: how many of these were taken for something else.
+        kv_below: host memory and disk, where KV goes there.
+        kv_restarts: sequences that began again because their KV could not be loaded.
         loop: sums over all steps of where the engine's thread spent them.
         last_step, total: what the last step cost and the sums over all steps (last_step None before the first).
         dead: why the engine does not work any more, None while it does.
@@ -210,6 +212,8 @@ class EngineStats:
     kv_pressure: Pressure
     kv_groups: tuple[GroupUse, ...]
     kv: CacheCounts
+    kv_below: BelowUse | None
+    kv_restarts: int
     last_step: StepStats | None
     total: StepStats
     loop: LoopTimes

@@ -89,7 +89,9 @@ class Statistics:
         self._reports += 1
         return StepReport(epoch, self._reports, running, waiting, stats, kv, times, first_tokens, token_gaps, ended)
 
-    def snapshot(self, running: int, waiting: int, preemptions: int, kv: KVCache, dead: str | None) -> EngineStats:
+    def snapshot(
+        self, running: int, waiting: int, preemptions: int, restarts: int, kv: KVCache, dead: str | None
+    ) -> EngineStats:
         """The counters, and the load as it is now."""
         return EngineStats(
             running=running,
@@ -107,6 +109,8 @@ class Statistics:
             kv_pressure=kv.pressure,
             kv_groups=kv.use(),
             kv=replace(kv.counts),
+            kv_below=None if kv.lower is None else kv.lower.use(),
+            kv_restarts=restarts,
             last_step=self._last_step,
             total=self._total,
             loop=self._loop,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from raytier.kv.orders import BlockMove, DiskWrite, KVOrders, KVReport, LowerShape, Moved
 from raytier.kv.slots import SlotIndex
+from raytier.kv.usage import BelowUse, SlotUse
 
 #: Bytes of writes to the disk that are under way at once, and at least so many blocks.
 _WRITE_BYTES, _WRITE_BLOCKS = 32 << 20, 4
@@ -96,6 +97,28 @@ class LowerTiers:
     def has_writes(self) -> bool:
         """Whether blocks wait to be written to the disk, or are being written."""
         return bool(self._writing or (self._to_write and not self._paused))
+
+    def use(self) -> BelowUse:
+        counts = self.counts
+        return BelowUse(
+            self._use(self.host, counts.host_evictions, counts.loaded),
+            self._use(self.disk, counts.disk_evictions, counts.disk_loaded),
+            counts.dropped,
+            counts.write_failures,
+            counts.lost,
+            counts.refused,
+        )
+
+    def _use(self, indices: tuple[SlotIndex, ...], evictions: int, loaded: int) -> SlotUse:
+        sizes = self.shape.block_bytes
+        return SlotUse(
+            sum(index.num_slots for index in indices),
+            sum(map(len, indices)),
+            evictions,
+            sum(index.num_slots * size for index, size in zip(indices, sizes, strict=True)),
+            sum(len(index) * size for index, size in zip(indices, sizes, strict=True)),
+            loaded,
+        )
 
     def note_seen(self, digest: bytes) -> None:
         """A sequence had the content of this block."""

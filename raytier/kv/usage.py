@@ -47,6 +47,36 @@ class GroupUse:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotUse:
+    """Slots of a tier below the device over all groups: all, those with a block, and how many blocks went for others;
+    bytes of the first two; blocks that came to the device from there."""
+
+    slots: int
+    cached: int
+    evictions: int
+    nbytes: int
+    cached_bytes: int
+    loaded: int
+
+
+@dataclass(frozen=True, slots=True)
+class BelowUse:
+    """What is below the device, and what went wrong there, in blocks.
+
+    Attributes:
+        dropped: given up although they were worth keeping. write_failures: could not be written to the disk.
+        lost: could not be loaded. refused: tokens that were found and computed again, because that was faster.
+    """
+
+    host: SlotUse
+    disk: SlotUse
+    dropped: int
+    write_failures: int
+    lost: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
 class Collection:
     """What a garbage collection gave up, and how long that took."""
 

@@ -145,10 +145,25 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     yield counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", [(one, stats.kv.queries)])
     yield counter("prefix_cache_hits", "Of these, those found.", [(one, stats.kv.hits)])
     text = "Tokens of prompts that were found and not computed, by where."
-    found = [((model_id, "device"), stats.kv.hits)]
+    counts = stats.kv
+    found = [
+        ((model_id, "device"), counts.hits - counts.host_hits - counts.disk_hits),
+        ((model_id, "host"), counts.host_hits),
+        ((model_id, "nvme"), counts.disk_hits),
+    ]
     yield counter("prompt_tokens_cached_by_source", text, found, ("model_name", "source"))
     yield counter("num_preemptions", "Sequences put back into the queue.", [(one, stats.preemptions)])
     yield counter("engine_steps", "Steps.", [(one, stats.steps)])
+    yield counter("kv_restarts", "Sequences begun again because their KV was lost.", [(one, stats.kv_restarts)])
+    if (below := stats.kv_below) is not None:
+        both = (("host", below.host), ("nvme", below.disk))
+        blocks = [((model_id, name), use.cached) for name, use in both]
+        yield gauge("kv_below_blocks", "KV blocks below the device that are found by what they hold.", blocks, tier)
+        blocks = [((model_id, name), use.loaded) for name, use in both]
+        yield counter("kv_blocks_loaded", "KV blocks brought to the device, by where they were.", blocks, tier)
+        yield counter("kv_write_failures", "KV blocks not written to the disk.", [(one, below.write_failures)])
+        yield counter("kv_blocks_dropped", "KV blocks given up for lack of room below.", [(one, below.dropped)])
+        yield counter("kv_tokens_refused", "Tokens found below and computed again.", [(one, below.refused)])
     total = stats.total
     yield counter("step_tokens", "Tokens that steps carried, prompts and decodes.", [(one, total.num_tokens)])
     ramdisk = total.bytes_streamed_ramdisk

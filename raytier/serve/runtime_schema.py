@@ -288,6 +288,10 @@ class KVAnswer(_Answer):
     copies: int = Field(description="Blocks copied because several sequences shared them.")
     forks: int = Field(description="Samples that began with the blocks of another one.")
     preemptions: int
+    restarts: int = Field(description="Sequences that began again because their KV could not be loaded.")
+    dropped_blocks: int = Field(description="Blocks given up for lack of room below the device, and worth keeping.")
+    write_failures: int = Field(description="Blocks that could not be written to the disk.")
+    lost_blocks: int = Field(description="Blocks that could not be loaded.")
     prefix_cache: PrefixCacheCounts
     sequences: list[KVSequence]
     ledger: KVStats | None = Field(description="What the KVBlockActor knows, as of its last report; null without one.")

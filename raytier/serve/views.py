@@ -13,6 +13,7 @@ from raytier.config import MIB
 from raytier.engine.engine import Engine
 from raytier.execution.parameters import ParameterStatus
 from raytier.kv.ledger import KVStats
+from raytier.kv.usage import SlotUse
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.serve.runtime_schema import (
     KVAnswer,
@@ -195,6 +196,9 @@ def kv(engine: Engine, manifest: ModelManifest, planned: WeightPlan, ledger: KVS
         cached_bytes=sum(group.cached_blocks * group.block_bytes for group in groups),
         evictions=stats.kv_evictions,
     )
+    tiers, below = [device], stats.kv_below
+    if below is not None:
+        tiers += [_slots(tier, use) for tier, use in ((Tier.HOST, below.host), (Tier.NVME, below.disk)) if use.slots]
     counts = stats.kv
     return KVAnswer(
         model_name=engine.model_id,
@@ -203,7 +207,10 @@ def kv(engine: Engine, manifest: ModelManifest, planned: WeightPlan, ledger: KVS
         free_fraction=min((1 - g.used_blocks / max(1, g.total_blocks) for g in groups), default=1.0),
         high_free_fraction=policy.high_free_fraction,
         critical_free_fraction=policy.critical_free_fraction,
-        tiers=[device],
+        tiers=tiers,
+        dropped_blocks=0 if below is None else below.dropped,
+        write_failures=0 if below is None else below.write_failures,
+        lost_blocks=0 if below is None else below.lost,
         groups=groups,
         active_sequences=stats.running,
         allocations=counts.allocations,
@@ -211,11 +218,16 @@ def kv(engine: Engine, manifest: ModelManifest, planned: WeightPlan, ledger: KVS
         copies=counts.copies,
         forks=counts.forks,
         preemptions=stats.preemptions,
+        restarts=stats.kv_restarts,
         prefix_cache=PrefixCacheCounts(
             queries=counts.queries,
             hits=counts.hits,
             hit_rate=counts.hits / counts.queries if counts.queries else 0.0,
-            hits_by_tier={Tier.DEVICE: counts.hits},
+            hits_by_tier={
+                Tier.DEVICE: counts.hits - counts.host_hits - counts.disk_hits,
+                Tier.HOST: counts.host_hits,
+                Tier.NVME: counts.disk_hits,
+            },
         ),
         sequences=[KVSequence(**asdict(sequence)) for sequence in engine.kv_sequences()],
         ledger=ledger,
@@ -252,4 +264,19 @@ def _file_tier(tier: Tier, status: DiskStatus, in_place_bytes: int) -> TierHealt
         bytes_written=status.bytes_written,
         errors=status.errors,
         utilization=status.utilization,
+    )
+
+
+def _slots(tier: Tier, use: SlotUse) -> KVTierUse:
+    """A tier below the device: no sequence uses its blocks, they are loaded first."""
+    return KVTierUse(
+        tier=tier,
+        total_blocks=use.slots,
+        used_blocks=0,
+        cached_blocks=use.cached,
+        free_blocks=use.slots,
+        total_bytes=use.nbytes,
+        used_bytes=0,
+        cached_bytes=use.cached_bytes,
+        evictions=use.evictions,
     )

@@ -89,7 +89,7 @@ async def test_what_is_found_in_the_prefix_cache_is_counted(http: httpx.AsyncCli
         "queries": 2 * length,
         "hits": found,
         "hit_rate": found / (2 * length),
-        "hits_by_tier": {"device": found},
+        "hits_by_tier": {"device": found, "host": 0, "nvme": 0},
     }
     assert (kv["sequences"], kv["ledger"], kv["active_sequences"]) == ([], None, 0)
 
