@@ -66,14 +66,18 @@ class LocalEngine:
 
 @contextmanager
 def local_engine(
-    model_dir: Path, device: str = "cpu", packed: bool | None = None, **settings: Any
+    model_dir: Path,
+    device: str = "cpu",
+    packed: bool | None = None,
+    model_format: str = "safetensors",
+    **settings: Any,
 ) -> Iterator[LocalEngine]:
     """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it.
 
     `packed` overrides what the plan says about the layout of resident linear layers.
     """
     config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
-    description = describe_model(str(model_dir))
+    description = describe_model(str(model_dir), model_format)
     config = description.configure(config)
     manifest = description.manifest
     plan = plan_weights(manifest, take_inventory(), DEFAULT_RATES, config, kind=device.partition(":")[0])

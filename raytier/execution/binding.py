@@ -27,6 +27,12 @@ def as_tensor(view: memoryview, parameter: Parameter, row_start: int = 0, row_st
     return flat.view(rows, *parameter.shape[1:])
 
 
+def is_plain(tensor: Tensor, parameter: Parameter) -> bool:
+    """Whether the bytes of `tensor` are those that the checkpoint has of `parameter`."""
+    plain = tensor.layout is torch.strided and tensor.dtype is TORCH_DTYPES[parameter.dtype]
+    return plain and tensor.nbytes == parameter.nbytes
+
+
 def members(unit: StreamUnit, view: memoryview, manifest: ModelManifest) -> dict[str, Tensor]:
     """The parameters of a unit whose bytes are `view`, by name."""
     return {

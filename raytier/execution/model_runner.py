@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from raytier.checkpoint.architecture import build_meta, decoder_layers, load_config
 from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
@@ -25,6 +26,21 @@ from raytier.planner.sizing import resident_nbytes
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
+Modules = PreTrainedModel
+
+
+def build(manifest: ModelManifest, device: str) -> Modules:
+    """The modules of a model: parameters on `meta`, buffers on `device`.
+
+    Raises:
+        UnsupportedModelError: see `build_meta`.
+    """
+    model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+    return model
+
 
 class ModelRunner:
     """A `StepExecutor` in this process. Not thread-safe: one step at a time, best always in the same thread.
@@ -39,16 +55,14 @@ class ModelRunner:
         device: torch.device,
         sources: Sources,
         tokenizer: TokenizerSpec | None,
+        model: Modules,
     ) -> None:
         self._device = device
         self._threads = torch.get_num_threads()
         self._sources = sources
         self._gate = SweepGate()
         self._weights: Weights
-        self._model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
-        for module in self._model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
+        self._model = model
         self.kv = KVStore(
             manifest.kv_layers,
             share.kv_blocks,
@@ -73,6 +87,8 @@ class ModelRunner:
         io_threads: int,
         io_bytes: int,
         tokenizer: TokenizerSpec | None = None,
+        model: Modules | None = None,
+        kept: Mapping[str, memoryview] | None = None,
     ) -> ModelRunner:
         """Build the model and begin to read what the plan keeps in memory and to stream the rest.
 
@@ -84,6 +100,8 @@ class ModelRunner:
             copies: where the parameters lie that the plan has on the ramdisk or in directories of the disk tier.
             io_threads, io_bytes: reads in flight and largest read, in bytes.
             tokenizer: of the model; without it no sequence can have a grammar.
+            model: from `build`, or of a runner of this manifest that is closed.
+            kept: parameters' bytes as the checkpoint has them, in memory, from where they are copied.
 
         Raises:
             CheckpointError, TierError, UnsupportedModelError: as the message says; nothing is left behind.
@@ -94,7 +112,8 @@ class ModelRunner:
                 on_tier = {name: copy for name, copy in (copies or {}).items() if plan.tier_of[name] is tier}
                 sources.adopt(sources.relocated(on_tier, tier))
             target = torch.device(device)
-            runner = cls(manifest, plan.devices[0], target, sources, tokenizer)
+            model = build(manifest, device) if model is None else model
+            runner = cls(manifest, plan.devices[0], target, sources, tokenizer, model)
             runner._weights = Weights(
                 runner._model,
                 decoder_layers(runner._model),
@@ -104,11 +123,40 @@ class ModelRunner:
                 target,
                 host_views or {},
                 runner._gate,
+                kept,
             )
             return runner
         except BaseException:
             sources.close()
             raise
+
+    @property
+    def model(self) -> Modules:
+        """The modules, which another runner may have when this one is closed."""
+        return self._model
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of the device, for everything of this model."""
+        return self._weights.budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, nbytes: int) -> None:
+        self._weights.budget_bytes = nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of that budget that are taken."""
+        return self._weights.held_bytes
+
+    def keepable(self) -> dict[str, int]:
+        """Parameters, and their bytes, that `keep` can copy: those on the device as the checkpoint has them."""
+        return self._weights.keepable()
+
+    def keep(self, views: Mapping[str, memoryview]) -> None:
+        """Copy parameters to memory that outlives this runner; no step runs any more."""
+        with num_threads(1):
+            self._weights.keep(views)
 
     def wait_loaded(self) -> None:
         """Return when all that the plan keeps in memory is there, in its final layout.

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
 from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierError
 from raytier.execution import linears
-from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor
+from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor, is_plain
 from raytier.execution.bus import Bus
 from raytier.execution.gate import SweepGate
 from raytier.execution.layout import row_bytes
@@ -48,8 +49,10 @@ class Weights:
         tier_of: tier of every parameter by name.
         host_views: writable bytes in the node's arena of each host-tier parameter.
         gate: held by whoever runs a sweep.
+        kept: bytes of parameters as the checkpoint has them, in memory: they are copied from there instead of read.
 
     Attributes:
+        budget_bytes: of the device, for everything of this model; changed as other models come and go.
         bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
     """
 
@@ -63,9 +66,13 @@ class Weights:
         device: torch.device,
         host_views: Mapping[str, memoryview],
         gate: SweepGate,
+        kept: Mapping[str, memoryview] | None = None,
     ) -> None:
         self._sources = sources
         self._share = share
+        self.budget_bytes = share.budget_bytes
+        self._kept = dict(kept or {})
+        self._handles: list[RemovableHandle] = []
         self._device = device
         self._gate = gate
         self._tier_of = dict(tier_of)
@@ -112,7 +119,7 @@ class Weights:
         return list(groups.items())
 
     def _begin_load(self, names: Sequence[str]) -> Callable[[], None]:
-        reading = [(name, *begin_read(self._sources, name, Urgency.STREAM)) for name in names]
+        reading = [(name, *self._begin_read(name)) for name in names]
 
         def finish() -> None:
             for name, buffer, arrived in reading:
@@ -125,6 +132,13 @@ class Weights:
 
         return finish
 
+    def _begin_read(self, name: str) -> tuple[AlignedBuffer | None, Callable[[], Tensor]]:
+        view = self._kept.get(name)
+        if view is None:
+            return begin_read(self._sources, name, Urgency.STREAM)
+        parameter = self.manifest.by_name[name]
+        return None, lambda: as_tensor(view[: parameter.nbytes], parameter)
+
     def _to_device(self, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
         """A parameter that has been read, as the device keeps it; it may stay in the buffer that it was read into."""
         if self._bus is not None:
@@ -134,7 +148,7 @@ class Weights:
     def _to_host(self, name: str, tensor: Tensor, view: memoryview) -> Tensor:
         """A copy in the arena, whose pages are small: direct reads into them are slow, hence by way of a buffer."""
         target = as_tensor(view[: self.manifest.by_name[name].nbytes], self.manifest.by_name[name])
-        return target.copy_(tensor)
+        return target if target.data_ptr() == tensor.data_ptr() else target.copy_(tensor)  # it was kept there
 
     def _keep_on_device(self, name: str, tensor: Tensor) -> None:
         self._resident[name] = tensor
@@ -166,18 +180,14 @@ class Weights:
         """Return when all that is to be in memory is there; raises what went wrong while loading."""
         self._loader.wait_all()
 
-    @property
-    def loaded(self) -> bool:
-        return self._loader.done
-
     # Hooks
 
     def _attach(self, model: nn.Module, layers: nn.ModuleList) -> None:
         for number, layer in enumerate(layers):
             names = [p.name for p in self.manifest.layer_parameters(number)]
             self._attach_layer(layer, number, names)
-        attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
-        self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD))
+        self._handles += attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
+        self._handles.append(self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD)))
 
     def _attach_layer(self, layer: nn.Module, number: int, names: list[str]) -> None:
         bound: list[str] = []
@@ -206,8 +216,7 @@ class Weights:
                 if index is not None and self._bus is None:
                     self._streamed.release(index)
 
-        layer.register_forward_pre_hook(enter)
-        layer.register_forward_hook(leave)
+        self._handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
     def _embedding_rows(self, ids: Tensor) -> Tensor | None:
         """Rows of the embedding for the token ids of a batch, where its module has not got the table."""
@@ -353,11 +362,11 @@ class Weights:
         share = self._share
         resident = self._resident_nbytes(tier_of)
         needed = resident + ring_bytes + share.kv_bytes + share.activation_bytes
-        if needed > share.budget_bytes:
+        if needed > self.budget_bytes:
             raise ResourceNotAvailableError(
                 f"the device is full: {resident / MIB:.1f} MB of weights, a ring of {ring_bytes / MIB:.1f}, "
                 f"{share.kv_bytes / MIB:.1f} of KV and {share.activation_bytes / MIB:.1f} of activations need "
-                f"{needed / MIB:.1f} MB, its budget is {share.budget_bytes / MIB:.1f}: move something else away first, "
+                f"{needed / MIB:.1f} MB, its budget is {self.budget_bytes / MIB:.1f}: move something else away first, "
                 "or raise tiers.device.max_mb"
             )
 
@@ -396,6 +405,22 @@ class Weights:
         """Seconds that the computing thread has waited for the ring so far."""
         return self._streamed.stats.io_wait_s
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the device's budget that this model takes: weights, ring, KV and activations."""
+        share = self._share
+        return self.resident_bytes + self.ring_bytes + share.kv_bytes + share.activation_bytes
+
+    def keepable(self) -> dict[str, int]:
+        """Parameters on the device whose bytes there are those of the checkpoint, with their size, in its order."""
+        known, held = self.manifest.parameters, self._resident
+        return {p.name: p.nbytes for p in known if p.name in held and is_plain(held[p.name], p)}
+
+    def keep(self, views: Mapping[str, memoryview]) -> None:
+        """Copy parameters that are `keepable` to memory that outlives these weights; no step runs any more."""
+        for name, view in views.items():
+            self._to_host(name, self._resident[name], view)
+
     def abandon_sweep(self) -> None:
         """After a step that failed half-way: drop what the ring holds; the next step starts a new sweep."""
         self._bindings.unbind(name for name, tier in self._tier_of.items() if tier in FILE_TIERS)
@@ -407,12 +432,18 @@ class Weights:
         self._gate.between(self._close)
 
     def _close(self) -> None:
+        """The model is as it was: on `meta`, without hooks."""
         self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        if self._head_chunked:
+            del self._head.forward
+            self._head_chunked = False
         self._streamed.close()
         if self._bus is not None:
             self._bus.close()
         self._bindings.close()
-        self._resident.clear()
-        self._host.clear()
-        self._host_views.clear()
+        for held in (self._resident, self._host, self._host_views, self._kept):
+            held.clear()
+        self._handles.clear()
         self._rows = None

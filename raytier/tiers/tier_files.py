@@ -43,6 +43,7 @@ class TierUsage:
         writes, bytes_written: requests and bytes since the tier was opened.
         source_bytes_read: read from checkpoint files in order to copy them.
         errors: copies and removals that failed.
+        models: model -> bytes of its copies.
     """
 
     files: int
@@ -53,6 +54,7 @@ class TierUsage:
     source_bytes_read: int
     errors: int
     directories: tuple[DirectoryUsage, ...]
+    models: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +306,7 @@ class TierFiles:
         with self._lock:
             usage = self._usage()
             counters = self._writes, self._bytes_written, self._source_bytes_read, self._errors
+            models = {model: sum(one.nbytes for one in copies.values()) for model, copies in self._stored.items()}
         directories = tuple(
             DirectoryUsage(directory.parent, files, nbytes, _free_bytes(directory.parent))
             for directory, (files, nbytes) in zip(self._directories, usage, strict=True)
@@ -314,6 +317,7 @@ class TierFiles:
             self._capacity,
             *counters,
             directories,
+            {model: nbytes for model, nbytes in models.items() if nbytes},
         )
 
     def _usage(self) -> list[tuple[int, int]]:
