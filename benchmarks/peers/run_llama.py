@@ -1,4 +1,5 @@
-"""llama.cpp through llama-cpp-python's C bindings. With two arguments: write a GGUF file from a model directory.
+"""llama.cpp through llama-cpp-python's C bindings. With two arguments: write a GGUF file from a model directory; with
+three (a GGUF file, the new one, `Q8_0` or `Q4_0`): quantise it.
 
 Decoding uses `llama_batch` with one token of every sequence per `llama_decode`, and the C greedy sampler: no Python
 work per token but these calls.
@@ -101,6 +102,16 @@ def write_gguf(directory: Path, target: Path) -> None:
         os.close(fd)
 
 
+def quantise(source: Path, target: Path, kind: str) -> None:
+    """All matrices in `kind`, the output head too, which llama.cpp would keep in more bits."""
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = {"Q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": lib.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
+    params.pure = True
+    params.nthread = os.cpu_count() or 1
+    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp cannot quantise {source}")
+
+
 class Llama:
     """One model and context; see `side.Side` for who calls."""
 
@@ -175,5 +186,7 @@ class Llama:
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         write_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
+    elif len(sys.argv) == 4:
+        quantise(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     else:
         answer(Llama())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raytier.errors import EngineDeadError
-from raytier.kv.ledger import Extent, KVStats, LeaseLedger, LedgerDelta
+from raytier.kv.ledger import Extent, GroupShape, KVStats, LeaseLedger, LedgerDelta
 
 
 class KVBlockActor:
@@ -19,20 +21,20 @@ class KVBlockActor:
         blocks = {model: ledger.stats().total_blocks for model, ledger in self._ledgers.items()}
         return f"KVBlockActor({', '.join(f'{model}: {count} blocks' for model, count in blocks.items())})"
 
-    def open(self, model_id: str, num_blocks: int, block_size: int, block_bytes: int) -> None:
-        """Begin anew with the blocks of a model, the null block included; sizes in tokens and bytes."""
-        self._ledgers[model_id] = LeaseLedger(num_blocks, block_size, block_bytes)
+    def open(self, model_id: str, groups: Sequence[GroupShape], block_size: int) -> None:
+        """Begin anew with the blocks of a model, of `block_size` tokens."""
+        self._ledgers[model_id] = LeaseLedger(groups, block_size)
 
     def close(self, model_id: str) -> None:
         """The model is gone, or asleep, and its blocks with it."""
         self._ledgers.pop(model_id, None)
 
-    def lease(self, engine_id: str, epoch: int, count: int) -> tuple[Extent, ...]:
-        """Lease `count` blocks to the engine of a model; see `LeaseLedger.lease`."""
+    def lease(self, engine_id: str, epoch: int, count: int, group: int = 0) -> tuple[Extent, ...]:
+        """Lease `count` blocks of a group to the engine of a model; see `LeaseLedger.lease`."""
         ledger = self._ledgers.get(engine_id)
         if ledger is None:
             raise EngineDeadError(f"{self._name} has no blocks to lease to {engine_id}: that model is not loaded")
-        return ledger.lease(engine_id, epoch, count)
+        return ledger.lease(engine_id, epoch, count, group)
 
     def report(self, engine_id: str, epoch: int, step: int, delta: LedgerDelta) -> None:
         """What an engine allocated and freed in one step; idempotent by (epoch, step)."""

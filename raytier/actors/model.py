@@ -22,8 +22,10 @@ from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.execution.layout import host_nbytes
-from raytier.kv.block_pool import BlockPool
-from raytier.planner.plan import FILE_TIERS, Tier, WeightPlan
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import GroupShape
+from raytier.planner.budgets import disk_directories
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
 from raytier.tiers.copies import TierCopy
 
 logger = logging.getLogger(__name__)
@@ -69,11 +71,12 @@ class LoadedModel:
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
         self._tokenizer: Tokenizer | None = None
-        self._places = _places(actors, model_id, description.manifest, self._config)
+        self._places: dict[Tier, Place] = {}
         self.mover = self._new_mover()
 
     def _new_mover(self) -> ParameterMover:
         actors, model_id, config = self._actors, self.model_id, self._config
+        self._places = _places(actors, model_id, self.description.manifest, config, self.plan.schemes)
         return ParameterMover(
             model_id,
             self.description.manifest,
@@ -138,9 +141,11 @@ class LoadedModel:
             logger.warning("plan of %s: %s", self.model_id, warning)
         self._unloading = False
         share = plan.devices[0]
-        opening = actors.kv.open.remote(
-            self.model_id, share.kv_blocks, share.block_size, share.kv_bytes // share.kv_blocks
-        )
+        shapes = [
+            GroupShape(share.kv_blocks, share.block_size * manifest.kv_group_token_bytes(window))
+            for window in manifest.kv_windows
+        ]
+        opening = actors.kv.open.remote(self.model_id, shapes, share.block_size)
         grants, copies = self._obtain()
         nvme = config.tiers.nvme
         self._loading = actors.device.load.remote(
@@ -158,18 +163,19 @@ class LoadedModel:
             self._tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
         answer_of(opening, CALL_TIMEOUT_S)
         epoch = time.time_ns()
-        pool = BlockPool(share.block_size)
-        # Block 0 is the null block: it is never leased.
-        leasing = actors.kv.lease.remote(self.model_id, epoch, share.kv_blocks - 1)
-        for extent in answer_of(leasing, CALL_TIMEOUT_S):
-            pool.add_extent(extent.start, extent.count)
+        kv = KVCache.of(manifest, share.block_size, config.kv)
+        for group, (shape, pool) in enumerate(zip(shapes, kv.pools, strict=True)):
+            # Block 0 is the null block: it is never leased.
+            leasing = actors.kv.lease.remote(self.model_id, epoch, shape.num_blocks - 1, group)
+            for extent in answer_of(leasing, CALL_TIMEOUT_S):
+                pool.add_extent(extent.start, extent.count)
         answer_of(self._loading, _LOAD_TIMEOUT_S)
         self._executor = RemoteExecutor(actors.device)
         self._engine = Engine(
             model_id=self.model_id,
             executor=self._executor,
             tokenizer=self._tokenizer,
-            block_pool=pool,
+            kv=kv,
             defaults=self.description.defaults,
             config=EngineConfig(
                 config.scheduler,
@@ -334,11 +340,15 @@ class LoadedModel:
         answer_of(self._actors.device.unload.remote(self.model_id), CALL_TIMEOUT_S)
 
 
-def _places(actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig) -> dict[Tier, Place]:
-    """Tiers outside of the device in which room has to be obtained; without directories, nvme means the checkpoint."""
+def _places(
+    actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig, schemes: TierSchemes
+) -> dict[Tier, Place]:
+    """Tiers outside of the device in which room has to be obtained."""
     places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest)}
     if actors.ramdisk is not None:
-        places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest)
-    if config.tiers.nvme.enabled and config.tiers.nvme.paths:
-        places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest)
+        ramdisk = schemes.by_tier.get(Tier.RAMDISK, {})
+        places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest, ramdisk)
+    if disk_directories(config):
+        in_place, nvme = not config.tiers.nvme.paths, schemes.by_tier.get(Tier.NVME, {})
+        places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest, nvme, in_place=in_place)
     return places

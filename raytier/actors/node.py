@@ -14,7 +14,16 @@ from raytier.checkpoint.manifest import ModelDescription, ModelManifest
 from raytier.config import AppConfig
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import Rates
-from raytier.planner.budgets import Budgets, DeviceKind, Held, left_of, node_budgets, planned_paths, ramdisk_directory
+from raytier.planner.budgets import (
+    Budgets,
+    DeviceKind,
+    Held,
+    disk_directories,
+    left_of,
+    node_budgets,
+    planned_paths,
+    ramdisk_directory,
+)
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.tiers.aligned import ALIGNMENT
@@ -46,7 +55,7 @@ class NodeActors:
         config = self.config
         largest = max(manifest.files, key=lambda file: file.size).path
         asked = self.device.rates.remote(
-            largest, manifest.compute_dtype, config.cache_dir, config.tiers.nvme.paths, ramdisk_directory(config)
+            largest, manifest.compute_dtype, config.cache_dir, disk_directories(config), ramdisk_directory(config)
         )
         rates: Rates = answer_of(asked, CALL_TIMEOUT_S)
         self.disk.calibrate.remote(rates.disk_read_bytes_per_s)

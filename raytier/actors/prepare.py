@@ -17,7 +17,14 @@ from raytier.config import AppConfig
 from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory, take_inventory
 from raytier.hardware.rates import RateKey, default_rates, load_rates
-from raytier.planner.budgets import DeviceKind, node_budgets, planned_paths, ramdisk_directory, resolve_kind
+from raytier.planner.budgets import (
+    DeviceKind,
+    disk_directories,
+    node_budgets,
+    planned_paths,
+    ramdisk_directory,
+    resolve_kind,
+)
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan
 from raytier.planner.resources import check_cluster, node_resources
@@ -65,7 +72,7 @@ def prepare(
     manifest = description.manifest
     largest = max(manifest.files, key=lambda file: file.size).path
     threads = config.compute.resolve_threads(inventory.cpus)
-    nvme_paths, ramdisk = config.tiers.nvme.paths, ramdisk_directory(config)
+    nvme_paths, ramdisk = disk_directories(config), ramdisk_directory(config)
     key = RateKey(largest, manifest.compute_dtype, kind, threads, nvme_paths, ramdisk)
     plan = plan_weights(
         manifest,

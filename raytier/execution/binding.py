@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
+from raytier.errors import ResourceNotAvailableError
 from raytier.execution import fusion, linears
+from raytier.execution.experts import bank_of
 from raytier.execution.layout import StreamUnit
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
 }
 
 
@@ -35,6 +41,10 @@ def is_plain(tensor: Tensor, parameter: Parameter) -> bool:
 
 def members(unit: StreamUnit, view: memoryview, manifest: ModelManifest) -> dict[str, Tensor]:
     """The parameters of a unit whose bytes are `view`, by name."""
+    for m in unit.members:
+        stored = manifest.by_name[m.name].stored
+        if stored is not None and stored.form is not None:
+            raise ResourceNotAvailableError(f"{m.name} is stored as {stored.form.name}, which is not computed on yet")
     return {
         m.name: as_tensor(view[m.offset : m.offset + m.nbytes], manifest.by_name[m.name], m.row_start, m.row_stop)
         for m in unit.members
@@ -50,8 +60,13 @@ class Bindings:
 
     def __init__(self, model: nn.Module, manifest: ModelManifest) -> None:
         dtype = TORCH_DTYPES[manifest.compute_dtype]
-        self._sites = {p.name: [_site(model, name) for name in (p.name, *p.aliases)] for p in manifest.parameters}
+        whole = [p for p in manifest.parameters if p.expert is None]
+        self._sites = {p.name: [_site(model, name) for name in (p.name, *p.aliases)] for p in whole}
         self._placeholders = {name: getattr(*sites[0]) for name, sites in self._sites.items()}
+        self._experts = {p.name: p.expert for p in manifest.parameters if p.expert is not None}
+        self._banks = {bank.name: bank_of(model.get_submodule(bank.name)) for bank in manifest.experts}
+        for part in self._experts.values():
+            self._banks[part.bank].add(part)
         self._packed: dict[str, Tensor] = {}
         self._packable = {
             name
@@ -62,11 +77,19 @@ class Bindings:
 
     def bind(self, name: str, tensor: Tensor) -> None:
         """Compute with `tensor` from now on."""
+        if (part := self._experts.get(name)) is not None:
+            self._banks[part.bank].bind(part, tensor)
+            return
         for module, leaf in self._sites[name]:
-            module._parameters[leaf] = tensor  # type: ignore[assignment]  # a plain tensor: no autograd here
+            # A plain tensor among the parameters: no autograd here.
+            held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            held[leaf] = tensor
 
     def unbind(self, names: Iterable[str]) -> None:
         for name in names:
+            if (part := self._experts.get(name)) is not None:
+                self._banks[part.bank].bind(part, None)
+                continue
             if self._packed.pop(name, None) is not None:
                 linears.unbind(self._sites[name][0][0])
             self.bind(name, self._placeholders[name])
@@ -84,7 +107,7 @@ class Bindings:
 
     def close(self) -> None:
         """Let go of every tensor."""
-        self.unbind(self._sites)
+        self.unbind([*self._sites, *self._experts])
 
 
 def _site(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,8 +1,9 @@
 """Linear layers on a CPU: for few rows by kernels of our own or on weights that oneDNN has packed, else as torch does.
 
 With few rows a linear layer takes as long as its weights take to come from memory. Where the processor computes in
-bf16, `apply` reads plain weights, wherever they lie, at about the memory's rate (`cpu_kernels.linear`). Elsewhere
-oneDNN's packed layout, which its kernels read instead of rows, is what helps.
+bf16, `apply` reads plain weights, wherever they lie, at about the memory's rate (`cpu_matmul.linear`), and computes on
+weights of other forms as they are. Elsewhere oneDNN's packed layout, which its kernels read instead of rows, is what
+helps, and a weight of another form is made plain in parts.
 
 A packed weight is a cache of the plain one: new memory, as large as the plain weight (up to padding), usable on
 this machine in this process only, and never written to a file. Measured with the matrices of a 1.1 B Llama, bytes of
@@ -23,31 +24,74 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from raytier.execution import cpu_kernels
+from raytier.execution import cpu_matmul
+from raytier.execution.formed import FormedWeight, Weight
 
 #: A shape for the probe with more than one of a kernel's blocks in each direction, and a remainder.
 _PROBE_OUT, _PROBE_IN = 80, 48
+#: Of plain rows that are made of another form.
+_PART_BYTES = 2 << 20
 
 
-def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def apply(hidden: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, whose result this is up to the order of summation: hidden `[..., in]`, weight `[out, in]`."""
-    if cpu_kernels.fits_linear(hidden, weight):
-        return cpu_kernels.linear(hidden, weight, bias)
-    return linear(hidden, weight, bias)
+    if cpu_matmul.fits_linear(hidden, weight):
+        return cpu_matmul.linear(hidden, weight, bias)
+    if not isinstance(weight, FormedWeight):
+        return linear(hidden, weight, bias)
+    if weight.form.dynamic:
+        return _apply_dynamic(hidden, weight, bias)
+    return _apply_in_parts(hidden, weight, bias)
+
+
+def _apply_dynamic(hidden: Tensor, weight: FormedWeight, bias: Tensor | None) -> Tensor:
+    """Weights and activations in 8 bits, these with a scale for every row of them; sums are exact."""
+    numbers, scales = weight.integers()
+    rows = hidden.reshape(-1, hidden.shape[-1]).float()
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    quantised = (rows * torch.where(scale > 0, 1 / scale, 0)).round().to(torch.int8)
+    result = torch._int_mm(quantised, numbers.t()).float() * (scale * scales)
+    if bias is not None:
+        result += bias
+    return result.to(hidden.dtype).view(*hidden.shape[:-1], -1)
+
+
+def _apply_in_parts(hidden: Tensor, weight: FormedWeight, bias: Tensor | None) -> Tensor:
+    """By way of plain rows, so many at a time that they stay in a core's cache."""
+    outputs, inputs = weight.shape
+    native = hidden.dtype is torch.bfloat16 and cpu_matmul.computes_on(weight)
+    result = hidden.new_empty(*hidden.shape[:-1], outputs)
+    step = max(16, _PART_BYTES // (hidden.element_size() * inputs) // 16 * 16)
+    for start in range(0, outputs, step):
+        count = min(step, outputs - start)
+        rows = cpu_matmul.decode(weight, start, count) if native else weight.rows(start, count).to(hidden.dtype)
+        result[..., start : start + count] = linear(hidden, rows)
+    return result if bias is None else result.add_(bias)
 
 
 class Linear(nn.Linear):
-    """Computes by `apply`; a plain `nn.Linear` becomes one by `adopt`."""
+    """Computes by `apply`; a plain `nn.Linear` becomes one by `adopt`.
+
+    Attributes:
+        formed: the weight where it is not a plain tensor; its own is on `meta` then.
+    """
+
+    formed: FormedWeight | None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        parameters = self._parameters
-        return apply(hidden, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+        return apply(hidden, self.bound, self._parameters["bias"])
+
+    @property
+    def bound(self) -> Weight:
+        """What it computes with."""
+        return self.formed or self._parameters["weight"]  # type: ignore[return-value]
 
 
 def adopt(module: nn.Module) -> None:
     """Let `module` compute by `apply` if it is a linear layer of torch's: a subclass may compute something else."""
     if type(module) is nn.Linear:
         module.__class__ = Linear
+        module.__dict__["formed"] = None
 
 
 class _PackedForward:

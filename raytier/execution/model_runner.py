@@ -38,7 +38,8 @@ def build(manifest: ModelManifest, device: str) -> Modules:
     model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else buffer.to(device)
+            if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
+                module._buffers[name] = buffer.to(device)
     return model
 
 
@@ -201,6 +202,7 @@ class ModelRunner:
             bytes_streamed_ramdisk=weights.bytes_streamed_ramdisk - streamed[1],
             bytes_read=everything.nbytes - before[0].nbytes,
             bytes_read_ramdisk=ramdisk.nbytes - before[1].nbytes,
+            bytes_decoded=everything.decoded - before[0].decoded,
             reads=everything.reads - before[0].reads,
             reads_ramdisk=ramdisk.reads - before[1].reads,
             io_wait_s=waited,
@@ -246,6 +248,7 @@ class ModelRunner:
     def _forward(self, batch: StepBatch) -> StepResult:
         device = self._device
         self.sampler.begin(batch)
+        self.kv.copy_blocks(batch.copies)
         ids: list[int] = []
         positions: list[int] = []
         for chunk in batch.chunks:

@@ -79,7 +79,6 @@ class Weights:
         self._host_views = dict(host_views)
         self._bindings = Bindings(model, sources.manifest)
         self._bus = Bus(device) if device.type == "cuda" else None
-        self._dtype = TORCH_DTYPES[sources.manifest.compute_dtype]
         self._resident: dict[str, Tensor] = {}  # of the device tier, as they are bound
         self._host: dict[str, Tensor] = {}
         self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
@@ -127,7 +126,7 @@ class Weights:
                 if self._tier_of[name] is Tier.HOST:
                     self._keep_on_host(name, self._to_host(name, tensor, self._host_views[name]))
                 else:
-                    self._keep_on_device(name, self._to_device(tensor, buffer))
+                    self._keep_on_device(name, self._to_device(name, tensor, buffer))
                 self.bytes_loaded += self.manifest.by_name[name].nbytes
 
         return finish
@@ -139,11 +138,12 @@ class Weights:
         parameter = self.manifest.by_name[name]
         return None, lambda: as_tensor(view[: parameter.nbytes], parameter)
 
-    def _to_device(self, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
+    def _to_device(self, name: str, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
         """A parameter that has been read, as the device keeps it; it may stay in the buffer that it was read into."""
+        dtype = TORCH_DTYPES[self.manifest.computed_dtype(self.manifest.by_name[name])]
         if self._bus is not None:
-            return self._bus.copy(tensor.to(self._dtype))
-        return tensor.to(self._dtype, copy=buffer is None)
+            return self._bus.copy(tensor.to(dtype))
+        return tensor.to(dtype, copy=buffer is None)
 
     def _to_host(self, name: str, tensor: Tensor, view: memoryview) -> Tensor:
         """A copy in the arena, whose pages are small: direct reads into them are slow, hence by way of a buffer."""
@@ -230,7 +230,7 @@ class Weights:
         return None
 
     def _fetch_rows(self, rows: list[int]) -> Tensor:
-        parameter = self.manifest.by_name[self.manifest.embedding]
+        parameter = self._sources.by_rows(self.manifest.embedding)
         if self._rows is None:
             self._rows = RowFetcher(parameter, self.manifest.files, self._sources.pool)
         table = as_tensor(self._rows.fetch(rows), parameter, 0, len(rows))
@@ -319,7 +319,7 @@ class Weights:
             tensor = arrived()
         if destination is Tier.HOST:
             return self._to_host(name, tensor, host_views[name])
-        return linears.pack(tensor) if self._packs(name) else self._to_device(tensor, buffer)
+        return linears.pack(tensor) if self._packs(name) else self._to_device(name, tensor, buffer)
 
     def _settle(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -116,13 +117,13 @@ def test_a_linear_layer_adopts_them_and_its_subclasses_do_not(kernels: cpu_kerne
 
 
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "avx512_bf16" not in native._cpu_flags():
+    if "avx512_bf16" not in native.cpu_flags():
         pytest.skip("no AVX512_BF16 here")
     loaded = load_kernels(str(tmp_path))
     assert loaded is not None
     (library,) = (tmp_path / "kernels").iterdir()
     assert loaded[1] & Features.DOT_BF16
-    monkeypatch.setattr(native.subprocess, "run", None)  # would fail
+    monkeypatch.setattr(subprocess, "run", None)  # would fail
     before = library.stat().st_mtime_ns
     assert load_kernels(str(tmp_path)) is not None and library.stat().st_mtime_ns == before
 
@@ -131,7 +132,7 @@ def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_compiler_torch_computes_and_the_log_says_why(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     monkeypatch.setattr(cpu_kernels, "_library", None)
     if compiler:
         monkeypatch.setenv("CC", compiler)
@@ -147,7 +148,7 @@ def test_without_a_compiler_torch_computes_and_the_log_says_why(
 
 
 def test_a_user_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     assert "apt-get install gcc" in (native.why_none() or "")
@@ -156,7 +157,7 @@ def test_a_user_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_another_processor_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_cpu_flags", frozenset)
+    monkeypatch.setattr(native, "cpu_flags", frozenset)
     assert native.why_none() is None
     monkeypatch.setenv("CC", "/nowhere/cc")
     assert load_kernels(str(tmp_path)) is None

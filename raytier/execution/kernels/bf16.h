@@ -11,6 +11,14 @@ static inline __m512 widen(__m256i half)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+static inline float wide(bf16 value)
+{
+    const uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
 static inline bf16 narrow(float value)
 {
     __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(value));
@@ -48,18 +56,51 @@ static inline __m512 load16(const bf16 *p) { return widen(_mm256_loadu_si256((co
 static inline void store16(bf16 *p, __m512 v) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 static inline __m512 rounded(__m512 v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }
 
-/* ---- linear_bf16.c: what one thread does of a linear layer ---- */
+/* ---- linear_bf16.c, linear_forms.c: what one thread does of a linear layer ---- */
+
+/* How the numbers of a weight are written (codecs/forms.py). */
+enum { PLAIN, CODED, INT8, INT4_32, INT4_64, INT4_128, INT8_DYNAMIC };
+
+/* A weight [outputs][inputs] with its bias [outputs] or NULL; outputs a multiple of 16, inputs of 32, or of the blocks
+   that the form has. */
+typedef struct {
+    const void *data;
+    const bf16 *bias;
+    long outputs, inputs;
+    int form;
+} matrix_t;
+
+static inline float bias_of(const bf16 *bias, long n) { return bias ? wide(bias[n]) : 0; }
 
 /* Before and after a thread computes by tiles. */
 void linear_begin(int tiles);
 void linear_end(int tiles);
-/* Rows that `M` rows take when they are arranged for tiles. */
-long linear_room(long M);
-/* x [M][K] as `linear_columns` takes it: itself, or arranged in `room`, 64-byte aligned, [linear_room(M)][K]. */
-const bf16 *linear_prepare(const bf16 *x, bf16 *room, long M, long K, int tiles);
-/* out[m * S + n] for n in [0, N) of weight [N][K] and bias [N] or NULL; N a multiple of 16, K of 32. */
-void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S,
-                    long K, int tiles);
+
+/* Activations x [M][K] as the kernels of the forms take them, each where a weight needs it. */
+typedef struct {
+    const bf16 *x;     /* as they are, or arranged for tiles */
+    const void *words; /* in 16 bits, for dot products with integers */
+    const void *bytes; /* in 8 bits, for INT8_DYNAMIC */
+} prepared_t;
+
+/* Bytes of room, a multiple of 64, for `prepared_t` of M rows with K columns and weights of these forms. */
+long linear_room(long M, long K, int tiles, int forms);
+prepared_t linear_prepare(const bf16 *x, void *room, long M, long K, int tiles, int forms);
+/* Forms of several weights, for the two above. */
+static inline int forms_of(int form) { return 1 << form; }
+
+/* out[m * S + n - first] for n in [first, first + width), multiples of 16. */
+void linear_columns(const prepared_t *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S,
+                    int tiles);
+/* The same for forms that are not PLAIN, and for INT8_DYNAMIC; `prepared` is what they need. */
+void form_columns(const void *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S, int tiles);
+void dynamic_columns(const void *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S,
+                     int tiles);
+/* Room in bytes for activations in 16 bits or in 8, and how they come there. */
+long words_room(long M, long K);
+void words_prepare(const bf16 *x, void *room, long M, long K);
+long bytes_room(long M, long K, int tiles);
+void bytes_prepare(const bf16 *x, void *room, long M, long K, int tiles);
 /* So many columns of N at a time: small enough that threads of unequal speed end together. */
 long linear_chunk(long N, int threads);
 

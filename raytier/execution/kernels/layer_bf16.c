@@ -9,12 +9,7 @@
 #include "bf16.h"
 
 typedef struct {
-    const bf16 *weight, *bias; /* bias NULL: none */
-    long outputs;
-} projection_t;
-
-typedef struct {
-    projection_t q, k, v, o, gate, up, down;
+    matrix_t q, k, v, o, gate, up, down;
     const bf16 *before, *after;   /* norms before attention and after it [hidden] */
     const bf16 *q_norm, *k_norm;  /* of every head [dim], or NULL */
     float before_eps, after_eps, q_eps, k_eps;
@@ -24,22 +19,38 @@ typedef struct {
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline long most(long a, long b) { return a > b ? a : b; }
 
-/* Inputs of the widest projection. */
-static long widest_of(const layer_t *l) { return most(l->hidden, most(l->gate.outputs, l->q.outputs)); }
+/* What a thread has for itself, in bytes that are multiples of 64: prepared activations, normed ones, two parts of results. */
+typedef struct {
+    long prepared, normed, part;
+} own_t;
 
-/* What every thread has for itself: arranged activations, normed ones, two parts of results; a multiple of 64 bytes. */
-static long own_work(const layer_t *l, long M, int threads)
+static int forms_in(const layer_t *l)
 {
-    const long widest = widest_of(l), arranged = linear_room(M) * widest, parts = 2 * M * linear_chunk(widest, threads);
-    return (arranged + M * l->hidden + parts + 31) / 32 * 32;
+    const matrix_t *const all[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+    int forms = 0;
+    for (int i = 0; i < 7; i++)
+        forms |= forms_of(all[i]->form);
+    return forms;
 }
 
+static own_t own_of(const layer_t *l, long M, int threads, int tiles)
+{
+    const long widest = most(l->hidden, most(l->gate.outputs, l->q.outputs)), unit = sizeof(bf16);
+    return (own_t){
+        linear_room(M, widest, tiles, forms_in(l)),
+        (M * l->hidden * unit + 63) / 64 * 64,
+        (M * linear_chunk(widest, threads) * unit + 63) / 64 * 64,
+    };
+}
+
+static long own_bytes(own_t own) { return own.prepared + own.normed + 2 * own.part; }
+
 /* out[m][n] = base[m][n] + projection(prepared)[m][n] for n in [begin, end). */
-static void add_projection(const projection_t *p, const bf16 *prepared, const bf16 *base, bf16 *out, bf16 *part,
-                           long begin, long end, long M, long K, int tiles)
+static void add_projection(const matrix_t *p, const prepared_t *prepared, const bf16 *base, bf16 *out, bf16 *part,
+                           long begin, long end, long M, int tiles)
 {
     const long N = p->outputs, width = end - begin;
-    linear_columns(prepared, p->weight + begin * K, p->bias ? p->bias + begin : NULL, part, M, width, width, K, tiles);
+    linear_columns(prepared, p, begin, width, part, M, width, tiles);
     for (long m = 0; m < M; m++)
         for (long n = 0; n < width; n += 16) {
             const long place = m * N + begin + n;
@@ -47,11 +58,11 @@ static void add_projection(const projection_t *p, const bf16 *prepared, const bf
         }
 }
 
-/* Numbers of bf16 that `work` holds, for M tokens and so many threads. */
-long raytier_layer_work_bf16(const layer_t *l, long M, int threads)
+/* Bytes of `work` for M tokens and so many threads. */
+long raytier_layer_work_bf16(const layer_t *l, long M, int threads, int tiles)
 {
     const long outputs = 2 * l->q.outputs + l->k.outputs + l->v.outputs + l->hidden + l->gate.outputs;
-    return M * outputs + own_work(l, M, threads) * threads + 32;
+    return M * outputs * (long)sizeof(bf16) + own_bytes(own_of(l, M, threads, tiles)) * threads + 64;
 }
 
 /* out [tokens][hidden] of x [tokens][hidden]: single tokens all of them. cos, sin [tokens][dim]. */
@@ -61,29 +72,29 @@ void raytier_layer_bf16(const layer_t *l, const attend_t *a, const pool_t *pool,
     const long M = a->tokens, H = l->hidden, dim = a->dim, inner = l->gate.outputs, attended = l->q.outputs;
     const long group = a->heads / a->kv_heads;
     bf16 *q = work, *k = q + M * attended, *v = k + M * l->k.outputs, *seen = v + M * l->v.outputs;
-    bf16 *middle = seen + M * attended, *active = middle + M * H, *rest = active + M * inner;
-    const long widest = widest_of(l), own = own_work(l, M, threads);
-    rest = (bf16 *)(((uintptr_t)rest + 63) / 64 * 64);
+    bf16 *middle = seen + M * attended, *active = middle + M * H;
+    uint8_t *rest = (uint8_t *)(((uintptr_t)(active + M * inner) + 63) / 64 * 64);
+    const own_t own = own_of(l, M, threads, tiles);
+    const int forms = forms_in(l);
 
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *room = rest + own * omp_get_thread_num(), *normed = room + linear_room(M) * widest;
-        bf16 *part = normed + M * H, *other = part + M * linear_chunk(widest, threads);
+        uint8_t *room = rest + own_bytes(own) * omp_get_thread_num(), *after = room + own.prepared;
+        bf16 *normed = (bf16 *)after, *part = (bf16 *)(after + own.normed), *other = (bf16 *)(after + own.normed + own.part);
         linear_begin(a->tiles);
 
         /* Norms are computed by every thread for itself, as activations are arranged by every one. */
         for (long m = 0; m < M; m++)
             norm_row(x + m * H, l->before, normed + m * H, H, l->before_eps);
-        const bf16 *prepared = linear_prepare(normed, room, M, H, tiles);
-        const projection_t *const parts[3] = {&l->q, &l->k, &l->v};
+        prepared_t prepared = linear_prepare(normed, room, M, H, tiles, forms);
+        const matrix_t *const parts[3] = {&l->q, &l->k, &l->v};
         bf16 *const to[3] = {q, k, v};
         for (int i = 0; i < 3; i++) {
-            const projection_t *p = parts[i];
+            const matrix_t *p = parts[i];
             const long chunk = linear_chunk(p->outputs, threads);
 #pragma omp for schedule(dynamic) nowait
             for (long n = 0; n < p->outputs; n += chunk)
-                linear_columns(prepared, p->weight + n * H, p->bias ? p->bias + n : NULL, to[i] + n, M,
-                               least(chunk, p->outputs - n), p->outputs, H, tiles);
+                linear_columns(&prepared, p, n, least(chunk, p->outputs - n), to[i] + n, M, p->outputs, tiles);
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -105,32 +116,31 @@ void raytier_layer_bf16(const layer_t *l, const attend_t *a, const pool_t *pool,
         for (long i = 0; i < a->spans * a->kv_heads; i++)
             attend_task(a, pool, q, seen, i, threads);
 
-        prepared = linear_prepare(seen, room, M, attended, tiles);
+        prepared = linear_prepare(seen, room, M, attended, tiles, forms);
         long chunk = linear_chunk(H, threads);
 #pragma omp for schedule(dynamic)
         for (long n = 0; n < H; n += chunk)
-            add_projection(&l->o, prepared, x, middle, part, n, least(n + chunk, H), M, attended, tiles);
+            add_projection(&l->o, &prepared, x, middle, part, n, least(n + chunk, H), M, tiles);
 
         for (long m = 0; m < M; m++)
             norm_row(middle + m * H, l->after, normed + m * H, H, l->after_eps);
-        prepared = linear_prepare(normed, room, M, H, tiles);
+        prepared = linear_prepare(normed, room, M, H, tiles, forms);
         chunk = linear_chunk(inner, threads);
 #pragma omp for schedule(dynamic)
         for (long n = 0; n < inner; n += chunk) {
             const long width = least(chunk, inner - n);
-            const projection_t *const both[2] = {&l->gate, &l->up};
+            const matrix_t *const both[2] = {&l->gate, &l->up};
             for (int i = 0; i < 2; i++)
-                linear_columns(prepared, both[i]->weight + n * H, both[i]->bias ? both[i]->bias + n : NULL,
-                               i ? other : part, M, width, width, H, tiles);
+                linear_columns(&prepared, both[i], n, width, i ? other : part, M, width, tiles);
             for (long m = 0; m < M; m++)
                 silu_mul(part + m * width, other + m * width, active + m * inner + n, width);
         }
 
-        prepared = linear_prepare(active, room, M, inner, tiles);
+        prepared = linear_prepare(active, room, M, inner, tiles, forms);
         chunk = linear_chunk(H, threads);
 #pragma omp for schedule(dynamic) nowait
         for (long n = 0; n < H; n += chunk)
-            add_projection(&l->down, prepared, middle, out, part, n, least(n + chunk, H), M, inner, tiles);
+            add_projection(&l->down, &prepared, middle, out, part, n, least(n + chunk, H), M, tiles);
         linear_end(a->tiles);
     }
 }

@@ -19,7 +19,8 @@
 #define DOT_AHEAD 512 /* columns that a row of the weight is fetched ahead: 1 KiB */
 #define TILES_AHEAD 4 /* tiles that are */
 
-/* What this processor and its system allow: bit 0 VDPBF16PS, bit 1 TDPBF16PS. */
+/* What this processor and its system allow: bit 0 VDPBF16PS, bit 1 TDPBF16PS and TDPBSSD, bit 2 what other forms
+   than bf16 need. */
 int raytier_linear_features(void)
 {
     int found = 0;
@@ -28,18 +29,13 @@ int raytier_linear_features(void)
         found |= 1;
     unsigned a = 7, b, c = 0, d;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if (((d >> 22) & 1) && ((d >> 24) & 1) && (found & 1))
+    if (((d >> 22) & 1) && ((d >> 24) & 1) && ((d >> 25) & 1) && (found & 1))
         if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0)
             found |= 2;
+    if ((found & 1) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("popcnt"))
+        found |= 4;
     return found;
-}
-
-static inline float bias_of(const bf16 *bias, long n)
-{
-    uint32_t bits = bias ? (uint32_t)bias[n] << 16 : 0;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
 }
 
 static inline __m512bh load(const bf16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -198,27 +194,52 @@ void linear_end(int tiles)
         _tile_release(); /* oneDNN has another configuration */
 }
 
-long linear_room(long M) { return M <= 16 ? 16 : M <= 32 ? 32 : 64; }
+static long rows_for(long M) { return M <= 16 ? 16 : M <= 32 ? 32 : 64; }
+#define WITH_WORDS (forms_of(INT8) | forms_of(INT4_32) | forms_of(INT4_64) | forms_of(INT4_128))
 
-const bf16 *linear_prepare(const bf16 *x, bf16 *room, long M, long K, int tiles)
+long linear_room(long M, long K, int tiles, int forms)
 {
-    if (!tiles)
-        return x;
-    arrange(x, room, K / 32, M, linear_room(M) / 16, K);
-    return room;
+    long room = forms & forms_of(INT8_DYNAMIC) ? bytes_room(M, K, tiles) : 0;
+    if (tiles)
+        return room + (forms & ~forms_of(INT8_DYNAMIC) ? rows_for(M) * K * (long)sizeof(bf16) : 0);
+    return room + (forms & WITH_WORDS ? words_room(M, K) : 0);
 }
 
-void linear_columns(const bf16 *prepared, const bf16 *weight, const bf16 *bias, bf16 *out, long M, long N, long S,
-                    long K, int tiles)
+prepared_t linear_prepare(const bf16 *x, void *room, long M, long K, int tiles, int forms)
 {
-    if (!tiles)
-        dots(prepared, weight, bias, out, M, N, S, K);
+    prepared_t prepared = {x, NULL, NULL};
+    if (forms & forms_of(INT8_DYNAMIC)) {
+        bytes_prepare(x, room, M, K, tiles);
+        prepared.bytes = room;
+        room = (uint8_t *)room + bytes_room(M, K, tiles);
+    }
+    if (tiles && forms & ~forms_of(INT8_DYNAMIC)) {
+        arrange(x, room, K / 32, M, rows_for(M) / 16, K);
+        prepared.x = room;
+    } else if (!tiles && forms & WITH_WORDS) {
+        words_prepare(x, room, M, K);
+        prepared.words = room;
+    }
+    return prepared;
+}
+
+void linear_columns(const prepared_t *prepared, const matrix_t *w, long first, long width, bf16 *out, long M, long S,
+                    int tiles)
+{
+    const long K = w->inputs;
+    const bf16 *weight = (const bf16 *)w->data + first * K, *bias = w->bias ? w->bias + first : NULL, *x = prepared->x;
+    if (w->form == INT8_DYNAMIC)
+        dynamic_columns(prepared->bytes, w, first, width, out, M, S, tiles);
+    else if (w->form != PLAIN)
+        form_columns(tiles || w->form == CODED ? x : prepared->words, w, first, width, out, M, S, tiles);
+    else if (!tiles)
+        dots(x, weight, bias, out, M, width, S, K);
     else if (M <= 16)
-        tiles_1(prepared, weight, bias, out, M, N, S, K);
+        tiles_1(x, weight, bias, out, M, width, S, K);
     else if (M <= 32)
-        tiles_2(prepared, weight, bias, out, M, N, S, K);
+        tiles_2(x, weight, bias, out, M, width, S, K);
     else
-        tiles_4(prepared, weight, bias, out, M, N, S, K);
+        tiles_4(x, weight, bias, out, M, width, S, K);
 }
 
 long linear_chunk(long N, int threads)
@@ -227,24 +248,29 @@ long linear_chunk(long N, int threads)
     return chunk < 64 ? 64 : chunk;
 }
 
-/* out [M][N] = x [M][K] * weight [N][K]^T + bias [N]; N a multiple of 16, K of 32.
- *
- * scratch: for tiles, 64-byte aligned room for x for each thread. Each arranges it for itself: to get what another core
- * has just written takes longer.
- */
-void raytier_linear_bf16(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *out, bf16 *scratch, long M, long N,
-                         long K, int threads, int tiles)
+/* Bytes of scratch for `raytier_linear_bf16`. */
+long raytier_linear_work_bf16(const matrix_t *w, long M, int threads, int tiles)
 {
-    const long chunk = linear_chunk(N, threads);
+    return threads * linear_room(M, w->inputs, tiles, forms_of(w->form)) + 64;
+}
+
+/* out [M][outputs] = x [M][inputs] * weight^T + bias.
+ *
+ * scratch: each thread prepares x for itself: to get what another core has just written takes longer.
+ */
+void raytier_linear_bf16(const bf16 *x, const matrix_t *w, bf16 *out, uint8_t *scratch, long M, int threads, int tiles)
+{
+    const long N = w->outputs, K = w->inputs, chunk = linear_chunk(N, threads);
+    const int forms = forms_of(w->form);
+    scratch = (uint8_t *)(((uintptr_t)scratch + 63) / 64 * 64);
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *room = scratch + omp_get_thread_num() * linear_room(M) * K;
-        const bf16 *prepared = linear_prepare(x, room, M, K, tiles);
+        uint8_t *room = scratch + omp_get_thread_num() * linear_room(M, K, tiles, forms);
+        const prepared_t prepared = linear_prepare(x, room, M, K, tiles, forms);
         linear_begin(tiles);
 #pragma omp for schedule(dynamic) nowait
         for (long n = 0; n < N; n += chunk)
-            linear_columns(prepared, weight + n * K, bias ? bias + n : NULL, out + n, M, N - n < chunk ? N - n : chunk,
-                           N, K, tiles);
+            linear_columns(&prepared, w, n, N - n < chunk ? N - n : chunk, out + n, M, N, tiles);
         linear_end(tiles);
     }
 }

@@ -1,0 +1,43 @@
+"""Weights that are not plain tensors, but bytes of a form that kernels compute on (B2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raytier.codecs.forms import Form
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FormedWeight:
+    """A matrix `[outputs, inputs]` in a form.
+
+    Attributes:
+        data: its bytes, uint8 `[nbytes]`, contiguous, on the CPU.
+        dtype: of the plain weight that stands for it where no kernel computes on the form.
+    """
+
+    form: Form
+    data: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Rows [first, first + count) of the weight, in new memory."""
+        weights = self.form.decode(self.data.numpy(), self.shape, first, first + count)
+        return torch.from_numpy(weights).to(self.dtype)
+
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Numbers `[outputs, inputs]` in int8 and scales `[outputs]` in fp32 of a form in 8 bits, without a copy."""
+        numbers, scales = self.form.integers(self.data.numpy(), self.shape)
+        return torch.from_numpy(numbers), torch.from_numpy(scales)
+
+
+#: What a linear layer may have as its weight.
+Weight = Tensor | FormedWeight
