@@ -78,6 +78,9 @@ class HostPoolActor:
         """
         copies = self._kept.get(model_id, set())
         ours = {name: self._grants[model_id][name] for name in sizes if name in copies}
+        if small := [name for name, grant in ours.items() if grant.nbytes < sizes[name]]:  # kept in another form
+            self.free(model_id, small)
+            ours = {name: grant for name, grant in ours.items() if name not in small}
         granted = self._reserve(model_id, {name: nbytes for name, nbytes in sizes.items() if name not in ours})
         copies.difference_update(ours)
         return {name: (ours | granted)[name] for name in sizes}

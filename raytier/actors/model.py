@@ -21,7 +21,6 @@ from raytier.config import MIB, AppConfig
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
-from raytier.execution.layout import host_nbytes
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import GroupShape
 from raytier.planner.budgets import disk_directories
@@ -132,8 +131,15 @@ class LoadedModel:
             self.plan = actors.plan(self.model_id, self.description) if plan is None else plan
             self.mover = self._new_mover()
             kept = answer_of(actors.host.kept.remote(self.model_id), CALL_TIMEOUT_S)
-            self._start(kept)
+            self._start({name: grant for name, grant in kept.items() if self._suits(name, grant)})
             undo.pop_all()
+
+    def _suits(self, name: str, copy: ArenaGrant) -> bool:
+        """Whether the copy of a parameter can be what the plan has of it."""
+        tier, plain = self.plan.tier_of[name], copy.nbytes == self.description.manifest.by_name[name].nbytes
+        if tier is Tier.HOST:
+            return plain and self.plan.schemes.of(name, tier).plain
+        return tier is Tier.DEVICE and (plain or self.plan.schemes.of(name, tier).form is not None)
 
     def _start(self, kept: Mapping[str, ArenaGrant]) -> None:
         actors, plan, config, manifest = self._actors, self.plan, self._config, self.description.manifest
@@ -255,11 +261,17 @@ class LoadedModel:
             self._end_engine(cancel, f"{model_id} was put to sleep")
             self._transfers.settle(model_id)
             sizes: dict[str, int] = answer_of(actors.device.keepable.remote(model_id), CALL_TIMEOUT_S)
-            on_host = [name for name, tier in self.mover.tier_of.items() if tier is Tier.HOST]
             known = answer_of(actors.host.kept.remote(model_id), CALL_TIMEOUT_S)
-            by_name = self.description.manifest.by_name
-            wanted = {name: host_nbytes(by_name[name]) for name in [*on_host, *sizes]}
-            grants: dict[str, ArenaGrant] = answer_of(actors.host.keep.remote(model_id, wanted), CALL_TIMEOUT_S)
+            on_host = {
+                p.name: p.nbytes
+                for p in self.description.manifest.parameters
+                if self.mover.tier_of[p.name] is Tier.HOST and self.plan.schemes.of(p.name, Tier.HOST).plain
+            }
+            keeping = actors.host.keep.remote(model_id, on_host | sizes)
+            grants: dict[str, ArenaGrant] = answer_of(keeping, CALL_TIMEOUT_S)
+            # What it holds in another form there is made anew.
+            held = [name for name, tier in self.mover.tier_of.items() if tier is Tier.HOST and name not in on_host]
+            self._places[Tier.HOST].give_back(held)
             new = {name: grant for name, grant in grants.items() if name in sizes and name not in known}
             answer_of(actors.device.sleep.remote(model_id, new), _LOAD_TIMEOUT_S)
             answer_of(actors.host.unpin.remote(model_id), CALL_TIMEOUT_S)
@@ -344,7 +356,7 @@ def _places(
     actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig, schemes: TierSchemes
 ) -> dict[Tier, Place]:
     """Tiers outside of the device in which room has to be obtained."""
-    places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest)}
+    places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest, schemes)}
     if actors.ramdisk is not None:
         ramdisk = schemes.by_tier.get(Tier.RAMDISK, {})
         places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest, ramdisk)

@@ -116,6 +116,8 @@ class Parameter:
         dtype: stored dtype, a key of `DTYPE_BYTES`.
         layer: decoder layer index for `Role.LAYER`, else None.
         aliases: further names bound to the same storage (tied weights).
+        matrix: whether it is computed with as the weight `[outputs, inputs]` of linear layers only (and its rows looked
+            up, where it is the input embedding as well): such a weight can be in a form that is not plain.
         own_dtype: dtype that it is computed in, where that is not the model's.
         expert: what it is a part of, for routed experts.
         resident: why it can only be on the device, where its role and shape do not say so.
@@ -132,6 +134,7 @@ class Parameter:
     own_dtype: str | None = None
     expert: ExpertPart | None = None
     resident: str | None = None
+    matrix: bool = False
 
     def __post_init__(self) -> None:
         if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:

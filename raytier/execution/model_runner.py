@@ -14,6 +14,7 @@ from raytier.engine.step import StepBatch, StepResult, StepStats
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.binding import TORCH_DTYPES
 from raytier.execution.gate import SweepGate
+from raytier.execution.kept import keep, keepable
 from raytier.execution.kv_store import KVStore
 from raytier.execution.parameters import ParameterStatus
 from raytier.execution.reader import ReadCount
@@ -22,7 +23,6 @@ from raytier.execution.sources import Sources
 from raytier.execution.threads import compute_with, num_threads
 from raytier.execution.weights import Weights
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
-from raytier.planner.sizing import resident_nbytes
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
@@ -120,6 +120,7 @@ class ModelRunner:
                 decoder_layers(runner._model),
                 sources,
                 plan.tier_of,
+                plan.schemes,
                 plan.devices[0],
                 target,
                 host_views or {},
@@ -139,25 +140,28 @@ class ModelRunner:
     @property
     def budget_bytes(self) -> int:
         """Of the device, for everything of this model."""
-        return self._weights.budget_bytes
+        return self._weights.room.budget_bytes
 
     @budget_bytes.setter
     def budget_bytes(self, nbytes: int) -> None:
-        self._weights.budget_bytes = nbytes
+        self._weights.room.budget_bytes = nbytes
 
     @property
     def held_bytes(self) -> int:
         """Bytes of that budget that are taken."""
-        return self._weights.held_bytes
+        weights = self._weights
+        return weights.room.held_bytes(weights.resident_bytes, weights.ring_bytes)
 
     def keepable(self) -> dict[str, int]:
-        """Parameters, and their bytes, that `keep` can copy: those on the device as the checkpoint has them."""
-        return self._weights.keepable()
+        """Parameters on the device that `keep` can copy, and their bytes: as the checkpoint has them, or in a form."""
+        return keepable(self._weights.resident, self._weights.manifest.parameters)
 
     def keep(self, views: Mapping[str, memoryview]) -> None:
         """Copy parameters to memory that outlives this runner; no step runs any more."""
+        weights = self._weights
         with num_threads(1):
-            self._weights.keep(views)
+            for name, view in views.items():
+                keep(weights.resident[name], weights.manifest.by_name[name], view)
 
     def wait_loaded(self) -> None:
         """Return when all that the plan keeps in memory is there, in its final layout.
@@ -233,10 +237,12 @@ class ModelRunner:
                 layer=p.layer,
                 tier=weights.tier_of[p.name],
                 nbytes=p.nbytes,
-                current_nbytes=(resident_nbytes(p, manifest) if weights.tier_of[p.name] is Tier.DEVICE else p.nbytes),
+                current_nbytes=weights.held_nbytes(p.name),
                 fixed=weights.fixed(p.name),
                 access_count=self._steps,
                 last_access=self._last_step,
+                precision=(form.name if (form := weights.scheme_of(p.name).form) is not None else "source"),
+                codec=weights.scheme_of(p.name).codec.name,
             )
             for p in manifest.parameters
         )

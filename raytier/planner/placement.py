@@ -83,7 +83,7 @@ def plan_weights(
         mixed_tokens=first,
         activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
-        schemes=tier_schemes(manifest, config),
+        schemes=tier_schemes(manifest, config, kind),
     )
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
