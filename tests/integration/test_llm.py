@@ -168,7 +168,7 @@ def test_what_fails_says_why_and_leaves_nothing(
     class NoDisk:
         """A DiskTierActor that cannot be made; only the last case comes as far as that. Local, so it travels alone."""
 
-        def __init__(self, name: str, tier: object, store: object = ()) -> None:
+        def __init__(self, *_: object) -> None:
             raise ResourceNotAvailableError("there is no disk; mount one")
 
     monkeypatch.setattr("raytier.actors.group.remote_disk_actor", lambda: ray.remote(NoDisk))

@@ -294,7 +294,7 @@ async def test_layers(http: httpx.AsyncClient, served: Served) -> None:
         "current_size_mb": 768 * 256 * 2 / MIB,
         "current_device": "cpu",
         "gpu_id": None,
-        "quantization_type": "none",
+        "quantization_type": "source",
         "compression_type": "none",
         "access_count": 7,
         "last_access_timestamp": 1.5e9,
