@@ -71,7 +71,12 @@ class LocalEngine:
 
 @contextmanager
 def local_engine(
-    model_dir: Path, device: str = "cpu", packed: bool | None = None, store: Path | None = None, **settings: Any
+    model_dir: Path,
+    device: str = "cpu",
+    packed: bool | None = None,
+    store: Path | None = None,
+    model_format: str = "safetensors",
+    **settings: Any,
 ) -> Iterator[LocalEngine]:
     """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it.
 
@@ -81,7 +86,7 @@ def local_engine(
     if store is not None:
         settings = {"cache_dir": str(store), **settings}
     config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
-    description = describe_model(str(model_dir))
+    description = describe_model(str(model_dir), model_format)
     config = description.configure(config)
     manifest = description.manifest
     plan = plan_weights(

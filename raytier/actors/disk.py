@@ -46,6 +46,7 @@ class DiskStatus:
         measured_bytes_per_s: read rate that the planner reckons with.
         utilization: of that rate, while the last steps ran (0..1).
         storing: bytes written and bytes to be written by the store under way, None: there is none.
+        models: model -> bytes of its copies.
     """
 
     name: str
@@ -66,6 +67,7 @@ class DiskStatus:
     utilization: float
     storing: tuple[int, int] | None
     directories: tuple[DirectoryUsage, ...]
+    models: dict[str, int]
 
 
 class DiskTierActor:
@@ -280,6 +282,7 @@ class DiskTierActor:
             utilization=utilization,
             storing=self._storing,
             directories=directories,
+            models={} if usage is None else usage.models,
         )
 
     def close(self) -> None:

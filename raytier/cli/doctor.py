@@ -23,6 +23,8 @@ from raytier.hardware.inventory import Disk, nearest_existing, take_inventory
 from raytier.hardware.machine import Machine
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import planned_paths, resolve_kind
+from raytier.sources.local import local_directory
+from raytier.sources.registry import Registry
 
 
 def doctor(
@@ -66,7 +68,8 @@ def _places(directories: list[Path], file: Path | None) -> tuple[AppConfig, tupl
         model_dir = ""
     else:
         config = read_config(file)
-        model_dir = config.model.directory()
+        local = [entry for entry in Registry.of(config).entries if entry.source_type == "local"]
+        model_dir = local_directory(local[0]) if local else ""
     named = [os.path.abspath(path) for path in directories]
     for path in named:
         if not os.path.isdir(path):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from raytier.checkpoint.architecture import build_meta, decoder_layers, load_config
 from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
@@ -13,6 +14,7 @@ from raytier.engine.step import StepBatch, StepResult, StepStats
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.binding import TORCH_DTYPES
 from raytier.execution.gate import SweepGate
+from raytier.execution.kept import keep, keepable
 from raytier.execution.kv_store import KVStore
 from raytier.execution.parameters import ParameterStatus
 from raytier.execution.reader import ReadCount
@@ -23,6 +25,22 @@ from raytier.execution.weights import Weights
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
+
+Modules = PreTrainedModel
+
+
+def build(manifest: ModelManifest, device: str) -> Modules:
+    """The modules of a model: parameters on `meta`, buffers on `device`.
+
+    Raises:
+        UnsupportedModelError: see `build_meta`.
+    """
+    model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
+                module._buffers[name] = buffer.to(device)
+    return model
 
 
 class ModelRunner:
@@ -38,17 +56,14 @@ class ModelRunner:
         device: torch.device,
         sources: Sources,
         tokenizer: TokenizerSpec | None,
+        model: Modules,
     ) -> None:
         self._device = device
         self._threads = torch.get_num_threads()
         self._sources = sources
         self._gate = SweepGate()
         self._weights: Weights
-        self._model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
-        for module in self._model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
-                    module._buffers[name] = buffer.to(device)
+        self._model = model
         self.kv = KVStore(
             manifest.kv_layers,
             share.kv_blocks,
@@ -73,6 +88,8 @@ class ModelRunner:
         io_threads: int,
         io_bytes: int,
         tokenizer: TokenizerSpec | None = None,
+        model: Modules | None = None,
+        kept: Mapping[str, memoryview] | None = None,
     ) -> ModelRunner:
         """Build the model and begin to read what the plan keeps in memory and to stream the rest.
 
@@ -84,6 +101,8 @@ class ModelRunner:
             copies: where the parameters lie that the plan has on the ramdisk or in directories of the disk tier.
             io_threads, io_bytes: reads in flight and largest read, in bytes.
             tokenizer: of the model; without it no sequence can have a grammar.
+            model: from `build`, or of a runner of this manifest that is closed.
+            kept: parameters' bytes as the checkpoint has them, in memory, from where they are copied.
 
         Raises:
             CheckpointError, TierError, UnsupportedModelError: as the message says; nothing is left behind.
@@ -94,7 +113,8 @@ class ModelRunner:
                 on_tier = {name: copy for name, copy in (copies or {}).items() if plan.tier_of[name] is tier}
                 sources.adopt(sources.relocated(on_tier, tier))
             target = torch.device(device)
-            runner = cls(manifest, plan.devices[0], target, sources, tokenizer)
+            model = build(manifest, device) if model is None else model
+            runner = cls(manifest, plan.devices[0], target, sources, tokenizer, model)
             runner._weights = Weights(
                 runner._model,
                 decoder_layers(runner._model),
@@ -105,11 +125,43 @@ class ModelRunner:
                 target,
                 host_views or {},
                 runner._gate,
+                kept,
             )
             return runner
         except BaseException:
             sources.close()
             raise
+
+    @property
+    def model(self) -> Modules:
+        """The modules, which another runner may have when this one is closed."""
+        return self._model
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of the device, for everything of this model."""
+        return self._weights.room.budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, nbytes: int) -> None:
+        self._weights.room.budget_bytes = nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of that budget that are taken."""
+        weights = self._weights
+        return weights.room.held_bytes(weights.resident_bytes, weights.ring_bytes)
+
+    def keepable(self) -> dict[str, int]:
+        """Parameters on the device that `keep` can copy, and their bytes: as the checkpoint has them, or in a form."""
+        return keepable(self._weights.resident, self._weights.manifest.parameters)
+
+    def keep(self, views: Mapping[str, memoryview]) -> None:
+        """Copy parameters to memory that outlives this runner; no step runs any more."""
+        weights = self._weights
+        with num_threads(1):
+            for name, view in views.items():
+                keep(weights.resident[name], weights.manifest.by_name[name], view)
 
     def wait_loaded(self) -> None:
         """Return when all that the plan keeps in memory is there, in its final layout.

@@ -197,11 +197,13 @@ def explain_refusal(case: Case, solver: Solver) -> str:
         while not fits(capacity.device, capacity.nvme, blocks):
             blocks = max(2, blocks * 3 // 4)
         changes.append(f"lower kv.expected_context to {(blocks - 1) * demand.block_size}")
-    if needed <= case.budgets.device_capacity:
-        changes.append(f"raise tiers.device.max_mb to {ceil(needed / MIB)}")
+    if held := case.budgets.device_held:
+        changes.append(f"unload other models, which hold {_mb(held)} of the device")
+    if needed + held <= case.budgets.device_capacity:
+        changes.append(f"raise tiers.device.max_mb to {ceil((needed + held) / MIB)}")
     else:
         changes.append(
-            f"free {_mb(needed - case.budgets.device_capacity)} more memory for the device (this machine offers "
+            f"free {_mb(needed + held - case.budgets.device_capacity)} more memory for the device (this machine offers "
             f"{_mb(case.budgets.device_capacity)}; tiers.device.max_utilization and reserved_mb limit it)"
         )
     if activations > needed - capacity.device:

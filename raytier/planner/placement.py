@@ -12,7 +12,7 @@ from raytier.errors import BudgetError
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_warnings
-from raytier.planner.budgets import DeviceKind, Started, node_budgets, resolve_kind
+from raytier.planner.budgets import Budgets, DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
 from raytier.planner.cost import BATCHES, predict_first_token, predict_step
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
@@ -52,6 +52,7 @@ def plan_weights(
     kind: DeviceKind | None = None,
     device_index: int = 0,
     started: Started = "nothing",
+    budgets: Budgets | None = None,
 ) -> WeightPlan:
     """Plan one model for one node.
 
@@ -59,6 +60,7 @@ def plan_weights(
         config: what the model wishes included (`ModelDescription.configure`).
         kind: device to plan for; None = what `config.compute.device` means here.
         started: which processes run already (see `node_budgets`).
+        budgets: what the model may take; None = what the node has (`node_budgets`).
 
     Raises:
         BudgetError: the budgets cannot hold the model; with the numbers and what would make it fit.
@@ -67,13 +69,15 @@ def plan_weights(
     kind = resolve_kind(inventory, config) if kind is None else kind
     chosen = config.scheduler.max_num_batched_tokens
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
+    if budgets is None:
+        budgets = node_budgets(inventory, config, kind, device_index=device_index, started=started)
     case = Case(
         manifest=manifest,
         inventory=inventory,
         rates=rates,
         config=config,
         kind=kind,
-        budgets=node_budgets(inventory, config, kind, device_index=device_index, started=started),
+        budgets=budgets,
         demand=kv_demand(manifest, config),
         step_tokens=first,
         mixed_tokens=first,

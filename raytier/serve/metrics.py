@@ -171,6 +171,17 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     yield counter("engine_loop_seconds", text, seconds, ("model_name", "part"))
 
 
+def merged(families: Iterable[Metric]) -> list[Metric]:
+    """One family for each name, with the samples of all: Prometheus takes no name twice."""
+    found: dict[str, Metric] = {}
+    for family in families:
+        if family.name in found:
+            found[family.name].samples += family.samples
+        else:
+            found[family.name] = family
+    return list(found.values())
+
+
 def counter(name: str, text: str, values: Values, labels: Sequence[str] = ("model_name",)) -> Metric:
     family = CounterMetricFamily(PREFIX + name, text, labels=labels)
     for label, value in values:

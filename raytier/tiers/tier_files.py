@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class TierUsage:
         writes, bytes_written: requests and bytes since the tier was opened.
         source_bytes_read: read from checkpoint files in order to copy them.
         errors: copies and removals that failed.
+        models: model -> bytes of its copies.
     """
 
     files: int
@@ -54,6 +56,7 @@ class TierUsage:
     source_bytes_read: int
     errors: int
     directories: tuple[DirectoryUsage, ...]
+    models: dict[str, int]
 
     def __add__(self, other: TierUsage) -> TierUsage:
         """Of both, which share their capacity."""
@@ -66,6 +69,7 @@ class TierUsage:
             self.source_bytes_read + other.source_bytes_read,
             self.errors + other.errors,
             self.directories + other.directories,
+            dict(Counter(self.models) + Counter(other.models)),
         )
 
 
@@ -361,6 +365,7 @@ class TierFiles:
         with self._lock:
             usage = self._usage()
             counters = self._writes, self._bytes_written, self._source_bytes_read, self._errors
+            models = {model: sum(one.nbytes for one in copies.values()) for model, copies in self._stored.items()}
         directories = tuple(
             DirectoryUsage(directory.parent, files, nbytes, _free_bytes(directory.parent))
             for directory, (files, nbytes) in zip(self._directories, usage, strict=True)
@@ -371,6 +376,7 @@ class TierFiles:
             self._capacity,
             *counters,
             directories,
+            {model: nbytes for model, nbytes in models.items() if nbytes},
         )
 
     def _usage(self) -> list[tuple[int, int]]:
