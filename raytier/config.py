@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raytier.errors import ConfigurationError
 
@@ -122,28 +122,78 @@ class Tiers(_Section):
     nvme: NvmeTier = NvmeTier()
 
 
+def _pattern(value: str) -> str:
+    if value.startswith("re:"):
+        import re
+
+        try:
+            re.compile(value[3:])
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+    return value
+
+
+#: Of parameter names: a case-insensitive substring, or a regular expression with the prefix `re:`.
+_Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
+
+
 class PlacementRule(_Section):
     """Parameters whose name matches `pattern` go to `tier`.
 
-    A pattern is a case-insensitive substring, or a regular expression with the prefix `re:`. The
-    lowest `priority` is tried first; a rule whose tier is full falls through, with the reason noted.
+    The lowest `priority` is tried first; a rule whose tier is full falls through, with the reason noted.
     """
 
-    pattern: str = Field(min_length=1)
+    pattern: _Pattern
     tier: Literal["device", "host", "ramdisk", "nvme"]
     priority: int = 99
 
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        if value.startswith("re:"):
-            import re
 
-            try:
-                re.compile(value[3:])
-            except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression: {error}") from None
-        return value
+FixedPrecision = Literal[
+    "source", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4", "int4-32", "int4-64", "int4-128"
+]
+Precision = FixedPrecision | Auto
+
+
+class AdaptiveRule(_Section):
+    """Parameters whose name matches `pattern` have `precision`, where a tier's precision is auto."""
+
+    pattern: _Pattern
+    precision: FixedPrecision
+
+
+class PrecisionSection(_Section):
+    """How parameters are held, per tier (null: `default`): `source` = as in the checkpoint, so nothing is lost.
+
+    `auto`: the first of `adaptive_rules` that matches, else `default_auto_precision`. `int4` has groups of `int4_group`
+    columns with a scale. `enabled: false` turns all of it off.
+    """
+
+    enabled: bool = True
+    default: Precision = "source"
+    default_auto_precision: FixedPrecision = "source"
+    device: Precision | None = None
+    host: Precision | None = None
+    ramdisk: Precision | None = None
+    nvme: Precision | None = None
+    int4_group: Literal[32, 64, 128] = 64
+    adaptive_rules: tuple[AdaptiveRule, ...] = ()
+
+
+Compression = Literal["none", "zstd", "zstd-planes", "auto"]
+
+
+class CompressionSection(_Section):
+    """How the files of a tier are compressed (null: `default`), without loss. `level`: of zstd.
+
+    `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32. `auto`: that
+    one where the measured rates of the disk and of decoding say that it pays. `enabled: false` turns all of it off.
+    """
+
+    enabled: bool = True
+    default: Compression = "none"
+    ramdisk: Compression | None = None
+    nvme: Compression | None = None
+    level: int = Field(1, ge=1, le=19)
 
 
 class Placement(_Section):
@@ -164,12 +214,31 @@ class Prefetch(_Section):
 
 
 class KVCache(_Section):
-    """Paged KV. The split of the device budget between weights and KV follows from the expected load."""
+    """Paged KV. The split of the device budget between weights and KV follows from the expected load.
+
+    `prefix_caching`: prompts begin with the KV of earlier ones as far as they are the same, in whole blocks and at
+    least `min_prefix_blocks` of them; up to `max_cached_blocks` blocks that no sequence uses are kept for that (null:
+    all). `sharing`: the samples of a request share the blocks of its prompt.
+    `high_free_fraction`, `critical_free_fraction`: where less than these is free, pressure is high or critical; while
+    it is critical no further sequence begins.
+    """
 
     block_size: int = Field(16, ge=1, le=1024)
     max_blocks: int | None = Field(None, ge=2)
     expected_sequences: int | Auto = "auto"  # auto: min(8, max_num_seqs)
     expected_context: int | Auto = "auto"  # tokens; auto: min(2048, the model's context)
+    prefix_caching: bool = True
+    sharing: bool = True
+    min_prefix_blocks: int = Field(1, ge=1)
+    max_cached_blocks: int | None = Field(None, ge=0)
+    high_free_fraction: float = Field(0.3, ge=0, le=1)
+    critical_free_fraction: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _critical_is_less(self) -> KVCache:
+        if self.critical_free_fraction > self.high_free_fraction:
+            raise ValueError("critical_free_fraction must not be above high_free_fraction")
+        return self
 
 
 class Scheduler(_Section):
@@ -285,6 +354,8 @@ class AppConfig(_Section):
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     startup_model: str | None = "auto"
     tiers: Tiers = Tiers()
+    precision: PrecisionSection = PrecisionSection()
+    compression: CompressionSection = CompressionSection()
     placement: Placement = Placement()
     prefetch: Prefetch = Prefetch()
     kv: KVCache = KVCache()
@@ -304,6 +375,13 @@ class AppConfig(_Section):
         if len(self.models) > 1:
             raise ValueError(f"models: one model per application in this version, {len(self.models)} given: {names}")
         return self
+
+    def converts(self, tier: Literal["ramdisk", "nvme"]) -> bool:
+        """Whether files of a tier may hold parameters in another form than the checkpoint, or coded."""
+        precision, compression = self.precision, self.compression
+        form = getattr(precision, tier) or precision.default
+        codec = getattr(compression, tier) or compression.default
+        return (precision.enabled and form != "source") or (compression.enabled and codec != "none")
 
     @property
     def model(self) -> ModelEntry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
+from raytier.planner.budgets import planned_paths
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.tiers.aligned import align_up
 from raytier.tiers.arena import Arena, RangeAllocator
+from raytier.tiers.copies import TierCopy
+from raytier.tiers.store import TierStore
 
 #: How much of the weights is streamed, as placement rules.
 PLACEMENTS: dict[str, list[dict[str, str]]] = {
@@ -37,6 +40,7 @@ class LocalEngine:
     runner: ModelRunner
     plan: WeightPlan
     manifest: ModelManifest
+    kv: KVCache
 
     @property
     def swept_bytes(self) -> int:
@@ -60,23 +64,33 @@ class LocalEngine:
             assert rows % self.row_bytes == 0 and steps <= rows // self.row_bytes <= total.num_tokens
         else:
             assert rows == 0
-        assert total.bytes_read >= total.bytes_streamed
+        if self.runner._weights.manifest.parameters == self.manifest.parameters:  # nothing is coded
+            assert total.bytes_read >= total.bytes_streamed
         assert (total.bytes_streamed > 0) == (self.plan.nvme_bytes > 0)
 
 
 @contextmanager
 def local_engine(
-    model_dir: Path, device: str = "cpu", packed: bool | None = None, **settings: Any
+    model_dir: Path, device: str = "cpu", packed: bool | None = None, store: Path | None = None, **settings: Any
 ) -> Iterator[LocalEngine]:
     """Plan and load `model_dir` under `settings` (sections of the configuration), and run an engine on it.
 
-    `packed` overrides what the plan says about the layout of resident linear layers.
+    `packed` overrides what the plan says about the layout of resident linear layers. `store`: directory for what the
+    disk holds in another form or coded.
     """
+    if store is not None:
+        settings = {"cache_dir": str(store), **settings}
     config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
     description = describe_model(str(model_dir))
     config = description.configure(config)
     manifest = description.manifest
-    plan = plan_weights(manifest, take_inventory(), DEFAULT_RATES, config, kind=device.partition(":")[0])
+    plan = plan_weights(
+        manifest,
+        take_inventory(planned_paths(config, str(model_dir))),
+        DEFAULT_RATES,
+        config,
+        kind=device.partition(":")[0],
+    )
     share = plan.devices[0]
     if packed is not None:
         share = replace(share, packed=packed)
@@ -86,22 +100,30 @@ def local_engine(
     ranges = RangeAllocator(sum(align_up(p.nbytes) for p in on_host))
     arena = Arena.create("raytier-test", ranges.capacity) if ranges.capacity else None
     places = {p.name: ranges.allocate(p.name, p.nbytes) for p in on_host}
+    copies: dict[str, TierCopy] = {}
+    if store is not None:
+        schemes = plan.schemes.by_tier[Tier.NVME]
+        on_disk = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.NVME and p.name in schemes]
+        with closing(TierStore([str(store / "store")], 1 << 24)) as files:
+            copies = files.obtain(manifest.model_dir, manifest.files, on_disk, schemes)
     runner = ModelRunner.load(
         manifest,
         plan,
         device=device,
         host_views={p.name: arena.view[places[p.name] : places[p.name] + p.nbytes] for p in on_host if arena},
+        copies=copies,
         io_threads=nvme.io_threads,
         io_bytes=int(nvme.io_mb * 2**20),
         tokenizer=description.tokenizer,
     )
-    pool = BlockPool(share.block_size)
-    pool.add_extent(1, share.kv_blocks - 1)
+    kv = KVCache.of(manifest, share.block_size, config.kv)
+    for pool in kv.pools:
+        pool.add_extent(1, share.kv_blocks - 1)
     engine = Engine(
         "test",
         runner,
         Tokenizer(description.tokenizer),
-        pool,
+        kv,
         description.defaults,
         EngineConfig(
             config.scheduler,
@@ -112,7 +134,7 @@ def local_engine(
         ),
     )
     try:
-        yield LocalEngine(engine, runner, plan, manifest)
+        yield LocalEngine(engine, runner, plan, manifest, kv)
     finally:
         engine.close()
         runner.close()

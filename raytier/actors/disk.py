@@ -6,19 +6,21 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from raytier.checkpoint.manifest import ModelManifest
+from raytier.codecs.scheme import Scheme
 from raytier.config import MIB, NvmeTier, RamdiskTier
 from raytier.errors import CheckpointError, ConfigurationError, InvalidRequestError, TierError
 from raytier.tiers import owners
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.ramdisk import DEFAULT_PATH, Ramdisk, remove_dead_mount
-from raytier.tiers.tier_files import DirectoryUsage, TierFiles
+from raytier.tiers.store import TierStore
+from raytier.tiers.tier_files import DirectoryUsage, TierFiles, TierUsage
 
 GIB = 2**30
 
@@ -77,8 +79,12 @@ class DiskTierActor:
     next actor with the same directories.
     """
 
-    def __init__(self, name: str, tier: NvmeTier | RamdiskTier) -> None:
-        """`tier`: the section of the configuration that this actor stands for.
+    def __init__(self, name: str, tier: NvmeTier | RamdiskTier, store: Sequence[str] = ()) -> None:
+        """Begin with what the configuration says.
+
+        Args:
+            tier: the section that this actor stands for.
+            store: directories for what the disk holds in another form or coded.
 
         Raises:
             ConfigurationError, ResourceNotAvailableError: a directory or a mount cannot be had; says which and why.
@@ -88,6 +94,7 @@ class DiskTierActor:
         self._keep = isinstance(tier, RamdiskTier) and not tier.cleanup_on_exit
         self._ramdisk: Ramdisk | None = None
         self._files: TierFiles | None = None
+        self._store: TierStore | None = None
         self._in_place: dict[str, int] = {}  # checkpoint file -> size
         self._lock = threading.Lock()  # counters
         self._reads = self._bytes_read = self._errors = 0
@@ -97,8 +104,8 @@ class DiskTierActor:
         self._recorded = 0.0
         if isinstance(tier, RamdiskTier):
             self._open_ramdisk(tier)
-        elif tier.paths:
-            self._open_directories(tier)
+        else:
+            self._open_directories(tier, store)
         atexit.register(self.close)
 
     def _open_ramdisk(self, tier: RamdiskTier) -> None:
@@ -123,21 +130,30 @@ class DiskTierActor:
             self._ramdisk.close()
             raise
 
-    def _open_directories(self, tier: NvmeTier) -> None:
+    def _open_directories(self, tier: NvmeTier, store: Sequence[str]) -> None:
+        stripe = int(tier.stripe_mb * MIB)
+        capacity, kept = None if tier.max_gb is None else int(tier.max_gb * GIB), int(tier.min_free_gb * GIB)
+        advice = (
+            "free some space, name further directories in tiers.nvme.paths, or change tiers.nvme.max_gb or "
+            "tiers.nvme.min_free_gb"
+        )
         try:
-            self._files = TierFiles(
-                tier.paths,
-                int(tier.stripe_mb * MIB),
-                None if tier.max_gb is None else int(tier.max_gb * GIB),
-                int(tier.min_free_gb * GIB),
-                advice="free some space, name further directories in tiers.nvme.paths, or change tiers.nvme.max_gb or "
-                "tiers.nvme.min_free_gb",
-            )
+            if tier.paths:
+                self._files = TierFiles(tier.paths, stripe, capacity, kept, advice=advice, others=self._stored_bytes)
+            if store:
+                self._store = TierStore(store, stripe, capacity, kept, advice=advice, others=self._copied_bytes)
         except ConfigurationError as error:
             raise ConfigurationError(f"tiers.nvme.paths: {error.message}") from None
 
+    def _stored_bytes(self) -> int:
+        return 0 if self._store is None else self._store.usage().nbytes
+
+    def _copied_bytes(self) -> int:
+        return 0 if self._files is None else self._files.usage().nbytes
+
     def __repr__(self) -> str:
-        held = "in place" if self._files is None else f"{self._files.usage().nbytes / MIB:.0f} MiB of copies"
+        usage = self._usage()
+        held = "in place" if usage is None else f"{usage.nbytes / MIB:.0f} MiB of copies"
         return f"DiskTierActor({self._tier}, {held})"
 
     def calibrate(self, bytes_per_s: float) -> None:
@@ -164,8 +180,14 @@ class DiskTierActor:
         return len(manifest.files)
 
     @ray.method(concurrency_group="store")
-    def store(self, model_id: str, manifest: ModelManifest, names: Sequence[str]) -> dict[str, TierCopy]:
-        """Copy the named parameters of a model from its checkpoint: all of them, or none.
+    def store(
+        self,
+        model_id: str,
+        manifest: ModelManifest,
+        names: Sequence[str],
+        schemes: Mapping[str, Scheme] | None = None,
+    ) -> dict[str, TierCopy]:
+        """Have the named parameters of a model in files of this tier, as `schemes` say: all of them, or none.
 
         Raises:
             ResourceNotAvailableError: there is no room; says where, needed, free, and what to do.
@@ -173,25 +195,38 @@ class DiskTierActor:
             InvalidRequestError: a name is no parameter of the model.
             TierError: reading or writing failed, one of them has a copy already, or this tier keeps no copies.
         """
-        files = self._own_files()
         if unknown := [name for name in names if name not in manifest.by_name]:
             raise InvalidRequestError(f"{unknown[0]!r} is no parameter of {model_id}")
+        schemes = dict(schemes or {})
         parameters = [manifest.by_name[name] for name in names]
+        converted = [p for p in parameters if p.name in schemes] if self._store is not None else []
+        copied = [p for p in parameters if p not in converted]
+        copies: dict[str, TierCopy] = {}
         try:
-            return files.store(model_id, manifest.files, parameters, self._show)
+            if converted:
+                assert self._store is not None
+                copies |= self._store.obtain(manifest.model_dir, manifest.files, converted, schemes, self._show)
+            if copied:
+                copies |= self._own_files().store(model_id, manifest.files, copied, self._show, schemes)
         finally:
             self._storing = None
+        return copies
 
     @ray.method(concurrency_group="store")
     def remove(self, model_id: str, names: Sequence[str] | None = None) -> int:
         """Remove the copies of these parameters (None: all of the model), which nobody reads any more.
 
-        A name without a copy is passed over. Returns the bytes that were freed; in place there are none.
+        A name without a copy is passed over, as is what is kept for the next time. Returns the bytes that were freed.
 
         Raises:
             TierError: a file could not be removed.
         """
         return 0 if self._files is None else self._files.remove(model_id, names)
+
+    def _usage(self) -> TierUsage | None:
+        """Of copies and of what is kept together; None where neither is made."""
+        usages = [owner.usage() for owner in (self._files, self._store) if owner is not None]
+        return usages[0] + usages[1] if len(usages) == 2 else usages[0] if usages else None
 
     def _show(self, written: int, total: int) -> None:
         self._storing = written, total
@@ -214,7 +249,7 @@ class DiskTierActor:
         return self._name
 
     def status(self) -> DiskStatus:
-        usage = None if self._files is None else self._files.usage()
+        usage = self._usage()
         with self._lock:
             in_place = dict(self._in_place)
             reads, bytes_read, errors = self._reads, self._bytes_read, self._errors
@@ -250,6 +285,8 @@ class DiskTierActor:
         atexit.unregister(self.close)
         if self._files is not None:
             self._files.close(remove=not self._keep)
+        if self._store is not None:
+            self._store.close()
         if self._ramdisk is not None:
             self._ramdisk.close()
 

@@ -30,7 +30,7 @@ from raytier.errors import EngineDeadError, ModelLoadingError, ResourceNotAvaila
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.inventory import take_inventory
 from raytier.kv.ledger import KVStats
-from raytier.planner.budgets import DeviceKind, node_budgets, planned_paths
+from raytier.planner.budgets import DeviceKind, disk_directories, node_budgets, planned_paths, store_directories
 from raytier.planner.plan import ResourcePlan
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class ActorGroup:
         if self.model is not None:
             self.model.engine.close()
         owners: dict[str, NvmeTier | RamdiskTier] = {"ramdisk": self._config.tiers.ramdisk}
-        if self._config.tiers.nvme.paths:
+        if disk_directories(self._config):
             owners["disk"] = self._config.tiers.nvme
         owners = {role: section for role, section in owners.items() if role in pids}
         closing = [actors[role].close.remote() for role in owners]
@@ -205,7 +205,7 @@ class ActorGroup:
             wanted["host"] = (ray.remote(HostPoolActor), budgets.host_bytes)
             wanted["kv"] = (ray.remote(KVBlockActor),)
         if with_model or tiers.nvme.paths:
-            wanted["disk"] = (remote_disk_actor(), tiers.nvme)
+            wanted["disk"] = (remote_disk_actor(), tiers.nvme, store_directories(self._config))
         if tiers.ramdisk.enabled:
             wanted["ramdisk"] = (remote_disk_actor(), tiers.ramdisk)
         new = [role for role in wanted if role not in self._actors]

@@ -22,10 +22,11 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import Rates
-from raytier.kv.block_pool import BlockPool
-from raytier.planner.budgets import DeviceKind, planned_paths, ramdisk_directory
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import GroupShape
+from raytier.planner.budgets import DeviceKind, disk_directories, planned_paths, ramdisk_directory
 from raytier.planner.placement import plan_weights
-from raytier.planner.plan import FILE_TIERS, Tier, WeightPlan
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
@@ -57,7 +58,7 @@ class NodeActors:
             return known
         largest = max(manifest.files, key=lambda file: file.size).path
         asked = self.device.rates.remote(
-            largest, manifest.compute_dtype, config.cache_dir, config.tiers.nvme.paths, ramdisk_directory(config)
+            largest, manifest.compute_dtype, config.cache_dir, disk_directories(config), ramdisk_directory(config)
         )
         rates: Rates = answer_of(asked, _CALL_TIMEOUT_S)
         self.disk.calibrate.remote(rates.disk_read_bytes_per_s)
@@ -100,7 +101,7 @@ class LoadedModel:
         self._loading: Any = None  # what `device.load` will answer
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
-        self._places = _places(actors, model_id, description.manifest, config)
+        self._places = _places(actors, model_id, description.manifest, config, plan.schemes)
         self.mover = ParameterMover(
             model_id,
             description.manifest,
@@ -146,7 +147,11 @@ class LoadedModel:
     def _start(self) -> None:
         actors, plan, config, manifest = self._actors, self.plan, self._config, self.description.manifest
         share = plan.devices[0]
-        opening = actors.kv.open.remote(share.kv_blocks, share.block_size, share.kv_bytes // share.kv_blocks)
+        windows = manifest.kv_windows
+        shapes = [
+            GroupShape(share.kv_blocks, share.block_size * manifest.kv_group_token_bytes(window)) for window in windows
+        ]
+        opening = actors.kv.open.remote(shapes, share.block_size)
         grants: dict[str, ArenaGrant] = {}
         copies: dict[str, TierCopy] = {}
         for place in self._places.values():
@@ -169,18 +174,19 @@ class LoadedModel:
         tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
         answer_of(opening, _CALL_TIMEOUT_S)
         epoch = time.time_ns()
-        pool = BlockPool(share.block_size)
-        # Block 0 is the null block: it is never leased.
-        leasing = actors.kv.lease.remote(self.model_id, epoch, share.kv_blocks - 1)
-        for extent in answer_of(leasing, _CALL_TIMEOUT_S):
-            pool.add_extent(extent.start, extent.count)
+        kv = KVCache.of(manifest, share.block_size, config.kv)
+        for group, (shape, pool) in enumerate(zip(shapes, kv.pools, strict=True)):
+            # Block 0 is the null block: it is never leased.
+            leasing = actors.kv.lease.remote(self.model_id, epoch, shape.num_blocks - 1, group)
+            for extent in answer_of(leasing, _CALL_TIMEOUT_S):
+                pool.add_extent(extent.start, extent.count)
         answer_of(self._loading, _LOAD_TIMEOUT_S)
         self._executor = RemoteExecutor(actors.device)
         self._engine = Engine(
             model_id=self.model_id,
             executor=self._executor,
             tokenizer=tokenizer,
-            block_pool=pool,
+            kv=kv,
             defaults=self.description.defaults,
             config=EngineConfig(
                 config.scheduler,
@@ -276,13 +282,17 @@ class LoadedModel:
         answer_of(self._actors.device.unload.remote(self.model_id), _CALL_TIMEOUT_S)
 
 
-def _places(actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig) -> dict[Tier, Place]:
-    """Tiers outside of the device in which room has to be obtained; without directories, nvme means the checkpoint."""
+def _places(
+    actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig, schemes: TierSchemes
+) -> dict[Tier, Place]:
+    """Tiers outside of the device in which room has to be obtained."""
     places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest)}
     if actors.ramdisk is not None:
-        places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest)
-    if config.tiers.nvme.enabled and config.tiers.nvme.paths:
-        places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest)
+        ramdisk = schemes.by_tier.get(Tier.RAMDISK, {})
+        places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest, ramdisk)
+    if disk_directories(config):
+        in_place, nvme = not config.tiers.nvme.paths, schemes.by_tier.get(Tier.NVME, {})
+        places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest, nvme, in_place=in_place)
     return places
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from raytier.actors.device import ArenaGrant, Move
 from raytier.actors.executor import answer_of
 from raytier.checkpoint.manifest import ModelManifest
+from raytier.codecs.scheme import Scheme
 from raytier.execution.layout import host_nbytes
 from raytier.planner.plan import Tier
 from raytier.tiers.copies import TierCopy
@@ -51,18 +52,39 @@ class HostPlace:
 
 
 class FilePlace:
-    """Files of the ramdisk, or of the disk tier's own directories: copies, written by their actor."""
+    """Files of the ramdisk or of the disk tier, written by their actor.
 
-    def __init__(self, tier: Tier, actor: Any, model_id: str, manifest: ModelManifest) -> None:
+    Args:
+        schemes: what is made of a parameter on this tier; as in the checkpoint, where it is not named.
+        in_place: such parameters stay in the checkpoint's files.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        actor: Any,
+        model_id: str,
+        manifest: ModelManifest,
+        schemes: Mapping[str, Scheme],
+        *,
+        in_place: bool = False,
+    ) -> None:
         self.tier = tier
         self._actor = actor
         self._model_id = model_id
         self._manifest = manifest
+        self._schemes = schemes
+        self._in_place = in_place
 
     def obtain(self, names: Iterable[str]) -> Move:
-        wanted = tuple(names)
-        copies: Mapping[str, TierCopy] = answer_of(self._actor.store.remote(self._model_id, self._manifest, wanted))
-        return Move(wanted, self.tier, copies=copies)
+        names = tuple(names)
+        wanted = tuple(name for name in names if name in self._schemes) if self._in_place else names
+        if not wanted:
+            return Move(names, self.tier)
+        schemes = {name: self._schemes[name] for name in wanted if name in self._schemes}
+        stored = self._actor.store.remote(self._model_id, self._manifest, wanted, schemes)
+        copies: Mapping[str, TierCopy] = answer_of(stored)
+        return Move(names, self.tier, copies=copies)
 
     def give_back(self, names: Sequence[str] | None = None) -> None:
         answer_of(self._actor.remove.remote(self._model_id, names))

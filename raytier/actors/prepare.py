@@ -17,7 +17,7 @@ from raytier.config import AppConfig
 from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import RateKey, default_rates, load_rates
-from raytier.planner.budgets import planned_paths, ramdisk_directory, resolve_kind
+from raytier.planner.budgets import disk_directories, planned_paths, ramdisk_directory, resolve_kind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan
 from raytier.planner.resources import check_cluster, plan_resources
@@ -49,7 +49,7 @@ def prepare(
     kind = resolve_kind(inventory, config)
     largest = max(manifest.files, key=lambda file: file.size).path
     threads = config.compute.resolve_threads(inventory.cpus)
-    nvme_paths, ramdisk = config.tiers.nvme.paths, ramdisk_directory(config)
+    nvme_paths, ramdisk = disk_directories(config), ramdisk_directory(config)
     key = RateKey(largest, manifest.compute_dtype, kind, threads, nvme_paths, ramdisk)
     plan = plan_weights(
         manifest,

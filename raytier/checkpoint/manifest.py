@@ -5,6 +5,7 @@ Pure data: no torch, no transformers, picklable between processes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -13,6 +14,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from raytier.codecs.codec import Codec, Frames
+from raytier.codecs.forms import Form
 from raytier.config import AppConfig
 
 Section = TypeVar("Section", bound=BaseModel)
@@ -74,11 +77,38 @@ class ExpertBank:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """How a parameter's bytes lie in files of a tier.
+
+    What lies there is the concatenation of `extents`. Every extent starts at a multiple of a disk block in its file,
+    and all but the last are multiples of it long, so that a reader places them one behind the other.
+
+    Attributes:
+        form: None: as in the checkpoint.
+        frames: of the form's bytes, coded by `codec`.
+    """
+
+    form: Form | None
+    codec: Codec
+    frames: Frames
+    extents: tuple[Extent, ...]
+
+    def __post_init__(self) -> None:
+        if sum(extent.nbytes for extent in self.extents) != self.frames.coded_nbytes:
+            raise ValueError(f"extents {self.extents} do not hold the {self.frames.coded_nbytes} bytes of the frames")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter in its form."""
+        return self.frames.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of the built model, a buffer that its checkpoint stores, or the part of one expert of a mixture.
 
     Its bytes are the concatenation of `extents`, row-major, little-endian. `extents` is empty when
-    the manifest was made from a config without weights.
+    the manifest was made from a config without weights. Where it is read from files of a tier, `stored` says how.
 
     Attributes:
         name: name in the built transformers model (`model.named_parameters()`); of experts `<bank>.<expert>.<weight>`.
@@ -98,6 +128,7 @@ class Parameter:
     layer: int | None = None
     extents: tuple[Extent, ...] = ()
     aliases: tuple[str, ...] = ()
+    stored: Stored | None = None
     own_dtype: str | None = None
     expert: ExpertPart | None = None
     resident: str | None = None
@@ -131,6 +162,13 @@ class KVLayerSpec:
     def token_bytes(self, dtype: str) -> int:
         """Bytes of keys and values of one token in this layer."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * DTYPE_BYTES[dtype]
+
+
+def kv_windows(layers: Sequence[KVLayerSpec]) -> tuple[int | None, ...]:
+    """Windows of the KV cache groups, in order: layers of the same window share block tables; that of full attention
+    (None) comes first."""
+    windows = {layer.sliding_window for layer in layers}
+    return tuple(sorted(windows, key=lambda window: (window is not None, window or 0)))
 
 
 @dataclass(frozen=True)
@@ -202,6 +240,16 @@ class ModelManifest:
     def kv_of(self, layer: int) -> tuple[KVLayerSpec, ...]:
         """KV caches of a decoder layer: one per attention call that it makes."""
         return tuple(kv for kv, owner in zip(self.kv_layers, self._kv_owners, strict=True) if owner == layer)
+
+    @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """Of the KV cache groups; see the function of this name."""
+        return kv_windows(self.kv_layers)
+
+    def kv_group_token_bytes(self, window: int | None) -> int:
+        """Bytes of keys and values of one token over the layers of a KV cache group."""
+        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
+        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
 
     def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
         return tuple(p for p in self.parameters if p.layer == layer)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from raytier.config import AppConfig
 from raytier.hardware.rates import Progress as Report
 from raytier.hardware.rates import Rates
-from raytier.planner.budgets import DeviceKind, ramdisk_directory
+from raytier.planner.budgets import DeviceKind, disk_directories, ramdisk_directory
 
 
 def machine_rates(
@@ -34,7 +34,7 @@ def machine_rates(
             threads=config.compute.resolve_threads(cpus),
             cache_dir=config.cache_dir,
             kind=kind,
-            nvme_paths=config.tiers.nvme.paths,
+            nvme_paths=disk_directories(config),
             ramdisk=ramdisk_directory(config),
             refresh=refresh,
             progress=report,

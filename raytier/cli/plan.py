@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ from raytier.hardware.machine import Machine
 from raytier.hardware.rates import default_rates
 from raytier.planner.budgets import Budgets, DeviceKind, node_budgets, planned_paths, resolve_kind
 from raytier.planner.placement import plan_weights
-from raytier.planner.plan import ResourcePlan, WeightPlan
+from raytier.planner.plan import ResourcePlan, TierSchemes, WeightPlan
 from raytier.planner.resources import plan_resources
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _describe(directory: str, config: AppConfig) -> tuple[ModelManifest, AppConf
 
 
 def _as_dict(planned: Planned) -> dict[str, Any]:
-    weights = asdict(planned.weights)
+    weights = asdict(replace(planned.weights, schemes=TierSchemes()))  # the placements say what is of interest
     for prediction, record in zip(planned.weights.predictions, weights["predictions"], strict=True):
         record["tokens_per_second"] = prediction.tokens_per_second
     return {

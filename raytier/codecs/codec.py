@@ -104,7 +104,7 @@ def frame_ranges(nbytes: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(nbytes, start + step)
 
 
-def checksum(data: bytes | memoryview | Bytes) -> int:
+def checksum(data: bytes | memoryview) -> int:
     """xxh3 of bytes as they are in a file; the GIL is free meanwhile."""
     return xxhash.xxh3_64_intdigest(data)
 

@@ -16,6 +16,9 @@ used by parts of its rows (an output head that streams in chunks) is encoded by 
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytier.codecs import coded
+from raytier.codecs.native import CODECS
 from raytier.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -37,6 +43,7 @@ INT4_GROUPS = (32, 64, 128)
 #: Weights that are converted at once: what is computed on them stays in a core's cache.
 _AT_ONCE = 2**16
 _LEVELS = 15
+_kernels: dict[str, Any] = {}
 #: How much of a group's range the numbers may cover; what is outside is clipped.
 _RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -155,6 +162,19 @@ class Form:
         return np.concatenate((heads, packed), axis=2).reshape(-1)
 
 
+def use_kernels(cache_dir: str) -> None:
+    """Quantise in C, compiled and kept in `cache_dir`, and have coded weights, where that is possible."""
+    coded.use_kernels(cache_dir)
+    try:
+        function = CODECS.load(cache_dir).raytier_fit_int4
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("weights are quantised by numpy, more slowly: %s", error)
+        return
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    function.argtypes, function.restype = (pointer, number, number, pointer, pointer), None
+    _kernels["fit_int4"] = function
+
+
 def _padded(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
@@ -212,6 +232,16 @@ def _fit_int4(groups: Floats) -> tuple[Bytes, Bytes]:
     For several ranges numbers are assigned and scale and minimum fitted to them by least squares; the best of these
     are rounded to bf16 and numbers assigned for the last time.
     """
+    if "fit_int4" in _kernels:
+        count, group = groups.shape
+        pairs, numbers = np.empty((count, 4), np.uint8), np.empty((count, group), np.uint8)
+        source = np.ascontiguousarray(groups)
+        _kernels["fit_int4"](source.ctypes.data, count, group, pairs.ctypes.data, numbers.ctypes.data)
+        return pairs, numbers
+    return _fit_int4_slowly(groups)
+
+
+def _fit_int4_slowly(groups: Floats) -> tuple[Bytes, Bytes]:
     low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
     best: tuple[Floats, Floats] | None = None
     error = np.full(low.shape, np.inf, np.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
+from raytier.errors import ResourceNotAvailableError
 from raytier.execution import fusion, linears
 from raytier.execution.experts import bank_of
 from raytier.execution.layout import StreamUnit
@@ -34,6 +35,10 @@ def as_tensor(view: memoryview, parameter: Parameter, row_start: int = 0, row_st
 
 def members(unit: StreamUnit, view: memoryview, manifest: ModelManifest) -> dict[str, Tensor]:
     """The parameters of a unit whose bytes are `view`, by name."""
+    for m in unit.members:
+        stored = manifest.by_name[m.name].stored
+        if stored is not None and stored.form is not None:
+            raise ResourceNotAvailableError(f"{m.name} is stored as {stored.form.name}, which is not computed on yet")
     return {
         m.name: as_tensor(view[m.offset : m.offset + m.nbytes], manifest.by_name[m.name], m.row_start, m.row_stop)
         for m in unit.members

@@ -148,12 +148,13 @@ def _decoder_layer(
 ) -> Tensor:
     context, attention = current_context(), self.self_attn
     if context is not None and attention_mask is None and position_embeddings is not None:
-        singles, longer = context.singles(context.window)
+        group = context.store.group_of[context.layer]
+        singles, longer = context.singles(context.window, group)
         pool = context.store.keys[context.layer], context.store.values[context.layer]
         if not longer and cpu_layer.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
             context.next_layer()
             return cpu_layer.layer(
-                hidden_states, weights, position_embeddings, context.slots, pool, singles, attention.scaling
+                hidden_states, weights, position_embeddings, context.slots[group], pool, singles, attention.scaling
             )
     return type(self).forward(  # type: ignore[no-any-return]
         self,

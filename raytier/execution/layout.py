@@ -6,7 +6,8 @@ vocabulary rows of the output head. Pure functions over the manifest; nothing is
 Reads are aligned outward for O_DIRECT, so bytes keep their file offset modulo `ALIGNMENT`: a parameter starts
 anywhere in its unit and is used in place. So is one whose extents meet at block borders (stripes of a tier's files):
 they are read one behind the other. Only what cannot be used in place (other separate extents, or a file offset that
-its dtype cannot start at) is copied together, into space behind the reads, by `assemble`.
+its dtype cannot start at) is copied together, into space behind the reads, by `assemble`. What is coded is read into
+memory of the reader, and decoded from there into the unit.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile
+from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile, Stored
+from raytier.codecs.codec import Codec
+from raytier.codecs.planes import Element
+from raytier.codecs.scheme import element_of
 from raytier.errors import CheckpointError
 from raytier.planner.plan import FILE_TIERS, Tier
 from raytier.tiers.aligned import ALIGNMENT, align_down, align_up
+from raytier.tiers.striping import slice_extents
 
 #: Bytes between wanted ranges that may be read along to save a request ...
 MAX_GAP = 64 << 10
 #: ... as long as they add up to no more than this part of the wanted bytes.
 MAX_GAP_FRACTION = 0.01
-#: Start of an assembled parameter: one cache line.
+#: Start of an assembled or decoded parameter: one cache line.
 SCRATCH_ALIGNMENT = 64
+#: Coded bytes of one request, if a single frame has no more.
+CODED_REQUEST = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,36 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class CodedFrame:
+    """`nbytes` coded bytes at `offset` of what was read become `decoded` bytes at `dest` in the unit."""
+
+    offset: int
+    nbytes: int
+    checksum: int
+    dest: int
+    decoded: int
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRead:
+    """Consecutive frames: `reads` bring them to memory of the reader, `scratch_bytes` of it (their `dest` is there)."""
+
+    codec: Codec
+    element: Element
+    reads: tuple[Read, ...]
+    frames: tuple[CodedFrame, ...]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return max(read.dest + align_up(read.nbytes) for read in self.reads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(read.nbytes for read in self.reads)
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """Where rows [row_start, row_stop) of a parameter lie in their unit: `nbytes` at `offset`, packed.
 
@@ -73,7 +110,7 @@ class StreamUnit:
 
     name: str
     nbytes: int
-    reads: tuple[Read, ...]
+    reads: tuple[Read | CodedRead, ...]
     members: tuple[Member, ...]
     layer: int | None = None
 
@@ -102,8 +139,13 @@ def num_rows(parameter: Parameter) -> int:
     return parameter.shape[0] if parameter.shape else 1
 
 
+def held_nbytes(parameter: Parameter) -> int:
+    """Bytes of the parameter where it is computed on: in the form that it is read in."""
+    return parameter.nbytes if parameter.stored is None else parameter.stored.nbytes
+
+
 def row_bytes(parameter: Parameter) -> int:
-    return parameter.nbytes // max(1, num_rows(parameter))
+    return held_nbytes(parameter) // max(1, num_rows(parameter))
 
 
 def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], layer: int | None = None) -> StreamUnit:
@@ -112,7 +154,8 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
     Raises:
         CheckpointError: a parameter has no bytes, or reaches beyond the end of its file.
     """
-    extents = [tuple(_extents(piece)) for piece in pieces]
+    coded = [_coded(piece.parameter) for piece in pieces]
+    extents = [() if code else tuple(_extents(piece)) for piece, code in zip(pieces, coded, strict=True)]
     for extent in (e for group in extents for e in group):
         if extent.offset + extent.nbytes > files[extent.file].size:
             raise CheckpointError(f"{name}: {extent} reaches beyond the {files[extent.file].size} bytes of its file")
@@ -130,27 +173,38 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
         return read.dest + extent.offset - read.offset
 
     members: list[Member] = []
-    chains: list[Read] = []
-    for piece, group, chain in zip(pieces, extents, chained, strict=True):
+    behind: list[Read | CodedRead] = []
+    for piece, group, chain, stored in zip(pieces, extents, chained, coded, strict=True):
+        if stored is not None:
+            dest = -(-end // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+            start, stop = _byte_range(piece)
+            frames = stored.frames.overlapping(start, stop)
+            behind += _coded_reads(piece.parameter, stored, frames, dest)
+            first = frames.start * stored.frames.step
+            end = dest + min(frames.stop * stored.frames.step, stored.nbytes) - first
+            members.append(
+                Member(piece.parameter.name, dest + start - first, stop - start, piece.row_start, piece.row_stop)
+            )
+            continue
         nbytes = sum(extent.nbytes for extent in group)
         if chain:
             offset = end + group[0].offset % ALIGNMENT
             for extent in group:
                 start = align_down(extent.offset)
                 stop = min(align_up(extent.offset + extent.nbytes), files[extent.file].size)
-                chains.append(Read(extent.file, start, stop - start, end))
+                behind.append(Read(extent.file, start, stop - start, end))
                 end += align_up(stop - start)
             placed: tuple[tuple[int, int], ...] = ((offset, nbytes),)
         else:
             placed = tuple((place(extent), extent.nbytes) for extent in group)
         offset = placed[0][0] if placed else 0
-        in_place = len(placed) <= 1 and offset % DTYPE_BYTES[piece.parameter.dtype] == 0
+        in_place = len(placed) <= 1 and offset % _start_alignment(piece.parameter) == 0
         if not in_place:
             offset = -(-end // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
             end = offset + nbytes
         sources = () if in_place else placed
         members.append(Member(piece.parameter.name, offset, nbytes, piece.row_start, piece.row_stop, sources))
-    return StreamUnit(name, align_up(end), (*reads, *chains), tuple(members), layer)
+    return StreamUnit(name, align_up(end), (*reads, *behind), tuple(members), layer)
 
 
 def assemble(unit: StreamUnit, view: memoryview) -> None:
@@ -191,9 +245,9 @@ def sweep_units(
     return tuple(units)
 
 
-def parameter_unit(manifest: ModelManifest, name: str) -> StreamUnit:
-    """The unit that holds one parameter whole."""
-    return build_unit(name, [whole(manifest.by_name[name])], manifest.files)
+def parameter_unit(parameter: Parameter, files: Sequence[SourceFile]) -> StreamUnit:
+    """The unit that holds one parameter whole; its extents lie in `files`."""
+    return build_unit(parameter.name, [whole(parameter)], files)
 
 
 def host_nbytes(parameter: Parameter) -> int:
@@ -219,13 +273,14 @@ def _split(parameter: Parameter, rows: int) -> Iterator[Piece]:
 
 def _extents(piece: Piece) -> Iterator[Extent]:
     """File ranges of the piece in the order of its bytes; ranges that follow each other in a file are one."""
-    size = row_bytes(piece.parameter)
-    start, stop = piece.row_start * size, piece.row_stop * size
-    if start < stop and not piece.parameter.extents:
+    start, stop = _byte_range(piece)
+    stored = piece.parameter.stored
+    extents = piece.parameter.extents if stored is None else stored.extents
+    if start < stop and not extents:
         raise CheckpointError(f"{piece.parameter.name} has no bytes: the model directory holds no weights")
     position = 0
     last: Extent | None = None
-    for extent in piece.parameter.extents:
+    for extent in extents:
         first, end = max(start, position), min(stop, position + extent.nbytes)
         if first < end:
             found = Extent(extent.file, extent.offset + first - position, end - first)
@@ -238,6 +293,53 @@ def _extents(piece: Piece) -> Iterator[Extent]:
         position += extent.nbytes
     if last:
         yield last
+
+
+def _byte_range(piece: Piece) -> tuple[int, int]:
+    """Where the piece is in the bytes of its parameter's form."""
+    parameter, nbytes = piece.parameter, held_nbytes(piece.parameter)
+    if piece.row_start == 0 and piece.row_stop == num_rows(parameter):
+        return 0, nbytes
+    size = row_bytes(parameter)
+    return piece.row_start * size, piece.row_stop * size
+
+
+def _start_alignment(parameter: Parameter) -> int:
+    """What the address of the parameter has to be a multiple of."""
+    stored = parameter.stored
+    plain = stored is None or stored.form is None or stored.form.dtype is not None
+    return DTYPE_BYTES[parameter.dtype] if plain else SCRATCH_ALIGNMENT
+
+
+def _coded(parameter: Parameter) -> Stored | None:
+    """How the parameter is stored, if it has to be decoded."""
+    stored = parameter.stored
+    return stored if stored is not None and stored.codec.name != "none" else None
+
+
+def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int) -> Iterator[CodedRead]:
+    """Requests for these frames, decoded one behind the other from `dest` on."""
+    element, offsets, frames = element_of(stored.form, parameter.dtype), stored.frames.offsets(), stored.frames
+    first = indices.start
+    while first < indices.stop:
+        last = first + 1
+        while last < indices.stop and offsets[last + 1] - offsets[first] <= CODED_REQUEST:
+            last += 1
+        reads: list[Read] = []
+        begin, end = 0, 0
+        for extent in slice_extents(stored.extents, offsets[first], offsets[last]):
+            start, stop = align_down(extent.offset), align_up(extent.offset + extent.nbytes)
+            begin = begin if reads else extent.offset - start
+            reads.append(Read(extent.file, start, stop - start, end))
+            end += stop - start
+        coded = []
+        for index in range(first, last):
+            decoded = frames.decoded(index)
+            offset = begin + offsets[index] - offsets[first]
+            coded.append(CodedFrame(offset, frames.sizes[index], frames.checksums[index], dest, decoded))
+            dest += decoded
+        yield CodedRead(stored.codec, element, tuple(reads), tuple(coded))
+        first = last
 
 
 def _meet_at_blocks(extents: Sequence[Extent]) -> bool:

@@ -111,7 +111,7 @@ def begin_read(sources: Sources, name: str, urgency: Urgency) -> tuple[AlignedBu
 
     The function raises TierError when a read failed.
     """
-    unit = parameter_unit(sources.manifest, name)
+    unit = parameter_unit(sources.exact(name), sources.manifest.files)
     buffer = AlignedBuffer(unit.nbytes)
     ticket = sources.pool.submit(unit.reads, buffer.view, urgency)
 

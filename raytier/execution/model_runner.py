@@ -154,6 +154,7 @@ class ModelRunner:
             bytes_streamed_ramdisk=weights.bytes_streamed_ramdisk - streamed[1],
             bytes_read=everything.nbytes - before[0].nbytes,
             bytes_read_ramdisk=ramdisk.nbytes - before[1].nbytes,
+            bytes_decoded=everything.decoded - before[0].decoded,
             reads=everything.reads - before[0].reads,
             reads_ramdisk=ramdisk.reads - before[1].reads,
             io_wait_s=waited,
@@ -199,6 +200,7 @@ class ModelRunner:
     def _forward(self, batch: StepBatch) -> StepResult:
         device = self._device
         self.sampler.begin(batch)
+        self.kv.copy_blocks(batch.copies)
         ids: list[int] = []
         positions: list[int] = []
         for chunk in batch.chunks:

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
+from raytier.codecs.codec import Decoder
 from raytier.errors import TierError
-from raytier.execution.layout import Read
+from raytier.execution.layout import CodedRead, Read
 from raytier.planner.plan import FILE_TIERS, Tier
-from raytier.tiers.aligned import ALIGNMENT, align_up
+from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer, align_up
 from raytier.tiers.files import DirectFile
 
 
@@ -103,21 +106,74 @@ class ReadTicket:
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class ReadCount:
+    """What was read without an error: bytes of files (alignment included), requests, and bytes that were decoded."""
+
+    nbytes: int = 0
+    reads: int = 0
+    decoded: int = 0
+
+    def __add__(self, other: ReadCount) -> ReadCount:
+        return ReadCount(self.nbytes + other.nbytes, self.reads + other.reads, self.decoded + other.decoded)
+
+
+class _Workspace:
+    """Memory of one thread for what is read and not yet decoded. It grows to the largest request, and is kept."""
+
+    def __init__(self) -> None:
+        self.decoder = Decoder()
+        self._scratch: AlignedBuffer | None = None
+
+    def scratch(self, nbytes: int) -> memoryview:
+        if self._scratch is None or self._scratch.nbytes < nbytes:
+            self._scratch = AlignedBuffer(nbytes)
+        return self._scratch.view
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainRequest:
     ticket: ReadTicket
-    file: DirectFile
     tier: Tier
+    file: DirectFile
     offset: int
     nbytes: int
     view: memoryview
 
+    def execute(self, workspace: _Workspace) -> ReadCount:
+        return ReadCount(self.file.read_into(self.view, self.offset, self.nbytes), 1)
+
 
 @dataclass(frozen=True, slots=True)
-class ReadCount:
-    """What was read without an error: bytes (alignment included) and requests."""
+class _CodedRequest:
+    ticket: ReadTicket
+    tier: Tier
+    files: tuple[DirectFile, ...]
+    coded: CodedRead
+    view: memoryview  # of the whole unit
 
-    nbytes: int = 0
-    reads: int = 0
+    @property
+    def file(self) -> DirectFile:
+        return self.files[0]
+
+    def execute(self, workspace: _Workspace) -> ReadCount:
+        coded, nbytes, decoded = self.coded, 0, 0
+        scratch = workspace.scratch(coded.scratch_bytes)
+        for file, read in zip(self.files, coded.reads, strict=True):
+            into = scratch[read.dest : read.dest + align_up(read.nbytes)]
+            nbytes += file.read_into(into, read.offset, read.nbytes)
+        data, unit = np.frombuffer(scratch, np.uint8), np.frombuffer(self.view, np.uint8)
+        for frame in coded.frames:
+            workspace.decoder.decode(
+                coded.codec,
+                coded.element,
+                data[frame.offset : frame.offset + frame.nbytes],
+                unit[frame.dest : frame.dest + frame.decoded],
+            )
+            decoded += frame.decoded
+        return ReadCount(nbytes, len(coded.reads), decoded)
+
+
+_Request = _PlainRequest | _CodedRequest
 
 
 class ReaderPool:
@@ -167,8 +223,7 @@ class ReaderPool:
     def count(self, *tiers: Tier) -> ReadCount:
         """Read since the pool was made, from all tiers or from `tiers`, dropped files included."""
         with self._lock:
-            counts = [self._counts[tier] for tier in tiers or FILE_TIERS]
-            return ReadCount(sum(c.nbytes for c in counts), sum(c.reads for c in counts))
+            return sum((self._counts[tier] for tier in tiers or FILE_TIERS), ReadCount())
 
     @property
     def queued(self) -> int:
@@ -182,20 +237,23 @@ class ReaderPool:
             raise ValueError(f"file {index} was dropped")
         return entry
 
-    def submit(self, reads: Iterable[Read], view: memoryview, urgency: Urgency = Urgency.STREAM) -> ReadTicket:
-        """Read all of `reads` into `view`, whose address is aligned and which must live until the ticket is over."""
-        pieces = [(read, start, nbytes) for read in reads for start, nbytes in self._split(read.nbytes)]
-        ticket = ReadTicket(len(pieces))
-        requests = [
-            _Request(
-                ticket,
-                *self._entry(read.file),
-                read.offset + start,
-                nbytes,
-                view[read.dest + start : read.dest + start + align_up(nbytes)],
-            )
-            for read, start, nbytes in pieces
-        ]
+    def submit(
+        self, reads: Iterable[Read | CodedRead], view: memoryview, urgency: Urgency = Urgency.STREAM
+    ) -> ReadTicket:
+        """Read, and decode, all of `reads` into `view`: at an aligned address, and there until the ticket is over."""
+        wanted = [(read, self._split(read.nbytes) if isinstance(read, Read) else [(0, read.nbytes)]) for read in reads]
+        ticket = ReadTicket(sum(len(pieces) for _, pieces in wanted))
+        requests: list[_Request] = []
+        for read, pieces in wanted:
+            if isinstance(read, Read):
+                file, tier = self._entry(read.file)
+                for start, nbytes in pieces:
+                    into = view[read.dest + start : read.dest + start + align_up(nbytes)]
+                    requests.append(_PlainRequest(ticket, tier, file, read.offset + start, nbytes, into))
+            else:
+                entries = [self._entry(one.file) for one in read.reads]
+                files = tuple(file for file, _ in entries)
+                requests.append(_CodedRequest(ticket, entries[0][1], files, read, view))
         with self._work:
             if self._closed:
                 raise TierError("the reader pool is closed")
@@ -210,25 +268,25 @@ class ReaderPool:
         return [(start, min(size, nbytes - start)) for start in range(0, nbytes, size)]
 
     def _run(self) -> None:
+        workspace = _Workspace()
         while request := self._next():
-            self._execute(request)
+            self._execute(request, workspace)
             del request  # or it would keep the memory alive while this thread waits
 
-    def _execute(self, request: _Request) -> None:
+    def _execute(self, request: _Request, workspace: _Workspace) -> None:
         ticket = request.ticket
         if not ticket._begin():
             return
         try:
-            nbytes = request.file.read_into(request.view, request.offset, request.nbytes)
+            count = request.execute(workspace)
         except TierError as error:
             ticket._fail(error, running=True)
         except Exception as error:  # whatever it is, the one who waits must hear of it
             ticket._fail(TierError(f"reading {request.file.path} failed: {error!r}"), running=True)
         else:
             with self._lock:
-                count = self._counts[request.tier]
-                self._counts[request.tier] = ReadCount(count.nbytes + nbytes, count.reads + 1)
-            ticket._end(nbytes)
+                self._counts[request.tier] += count
+            ticket._end(count.nbytes)
 
     def _next(self) -> _Request | None:
         with self._work:

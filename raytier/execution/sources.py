@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from raytier.checkpoint.manifest import Extent, ModelManifest, SourceFile
+from raytier.checkpoint.manifest import Extent, ModelManifest, Parameter, SourceFile, Stored
 from raytier.execution.reader import ReaderPool
 from raytier.planner.plan import Tier
 from raytier.tiers.copies import TierCopy
@@ -45,20 +45,37 @@ class Sources:
         Opens what is not open yet. Nothing changes until `adopt`, which is due also when the new manifest is not used.
         """
         files = list(self.manifest.files)
-        extents: dict[str, tuple[Extent, ...]] = {}
+        stored: dict[str, Stored | None] = {}
         for name, copy in copies.items():
             if copy is None:
-                extents[name] = self.checkpoint.by_name[name].extents
+                stored[name] = None
                 continue
             numbers = [self._open(file, tier) for file in copy.files]
             for number, file in zip(numbers, copy.files, strict=True):
                 files.extend([file] * (number + 1 - len(files)))
                 files[number] = file
-            extents[name] = tuple(Extent(numbers[e.file], e.offset, e.nbytes) for e in copy.extents)
+            extents = tuple(Extent(numbers[e.file], e.offset, e.nbytes) for e in copy.stored.extents)
+            stored[name] = replace(copy.stored, extents=extents)
         parameters = tuple(
-            replace(p, extents=extents[p.name]) if p.name in extents else p for p in self.manifest.parameters
+            replace(p, stored=stored[p.name]) if p.name in stored else p for p in self.manifest.parameters
         )
         return replace(self.manifest, files=tuple(files), parameters=parameters)
+
+    def exact(self, name: str) -> Parameter:
+        """The parameter with the bytes of the checkpoint, from a copy if that has them: what was rounded for a tier is
+        never taken for the source."""
+        parameter = self.manifest.by_name[name]
+        if parameter.stored is not None and parameter.stored.form is not None:
+            return self.checkpoint.by_name[name]
+        return parameter
+
+    def by_rows(self, name: str) -> Parameter:
+        """The parameter where single rows of it can be read: what is coded is so in the checkpoint only."""
+        parameter = self.manifest.by_name[name]
+        stored = parameter.stored
+        if stored is not None and (stored.form is not None or stored.codec.name != "none"):
+            return self.checkpoint.by_name[name]
+        return parameter
 
     def _open(self, file: SourceFile, tier: Tier) -> int:
         number = self._numbers.get(file.path)
@@ -69,7 +86,7 @@ class Sources:
     def adopt(self, manifest: ModelManifest) -> None:
         """Read by `manifest` from now on, and close what it does not use; no read of that may be under way."""
         self.manifest = manifest
-        used = {extent.file for p in manifest.parameters for extent in p.extents}
+        used = {e.file for p in manifest.parameters if p.stored is not None for e in p.stored.extents}
         for path, number in list(self._numbers.items()):
             if number not in used:
                 del self._numbers[path]

@@ -221,7 +221,7 @@ class Weights:
         return None
 
     def _fetch_rows(self, rows: list[int]) -> Tensor:
-        parameter = self.manifest.by_name[self.manifest.embedding]
+        parameter = self._sources.by_rows(self.manifest.embedding)
         if self._rows is None:
             self._rows = RowFetcher(parameter, self.manifest.files, self._sources.pool)
         table = as_tensor(self._rows.fetch(rows), parameter, 0, len(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -77,10 +78,25 @@ def ramdisk_directory(config: AppConfig) -> str | None:
     return (ramdisk.path or _DEFAULT_RAMDISK) if ramdisk.enabled else None
 
 
+def store_directories(config: AppConfig) -> tuple[str, ...]:
+    """Where the disk tier keeps what is not as in the checkpoint: its own directories, or one in the cache; none where
+    it has nothing of the kind."""
+    nvme = config.tiers.nvme
+    if not nvme.enabled or not config.converts("nvme"):
+        return ()
+    return nvme.paths or (os.path.join(config.cache_dir, "store"),)
+
+
+def disk_directories(config: AppConfig) -> tuple[str, ...]:
+    """The directories that the disk tier writes to; none where it only reads the checkpoint."""
+    nvme = config.tiers.nvme
+    return (nvme.paths or store_directories(config)) if nvme.enabled else ()
+
+
 def planned_paths(config: AppConfig, model_dir: str) -> tuple[str, ...]:
     """The paths whose disks an inventory must hold for this configuration to be planned (`take_inventory`)."""
     ramdisk = ramdisk_directory(config)
-    paths = (model_dir, *config.tiers.nvme.paths, *(() if ramdisk is None else (ramdisk,)))
+    paths = (model_dir, *config.tiers.nvme.paths, *store_directories(config), *(() if ramdisk is None else (ramdisk,)))
     return tuple(dict.fromkeys(path for path in paths if path))
 
 
@@ -186,15 +202,16 @@ def _nvme_bytes(inventory: NodeInventory, config: AppConfig) -> tuple[int, str]:
     cap = None if nvme.max_gb is None else int(nvme.max_gb * GIB)
     if not nvme.enabled:
         return 0, "nvme: disabled"
-    if not nvme.paths:
+    directories = disk_directories(config)
+    if not directories:
         if cap is None:
             return UNLIMITED, "nvme: no cap (the checkpoint is read in place)"
         return cap, f"nvme: at most {nvme.max_gb:g} GB"
     disks = []
-    for path in nvme.paths:
+    for path in directories:
         disk = inventory.disk(path)
         if disk is None:
-            raise _unknown_path("tiers.nvme.paths", path, inventory)
+            raise _unknown_path("tiers.nvme.paths" if nvme.paths else "cache_dir", path, inventory)
         disks.append(disk)
     # Stripes are dealt out evenly, so the directory with the least room decides; directories on one disk share it.
     sharing = Counter(_device(disk) for disk in disks)
@@ -202,7 +219,7 @@ def _nvme_bytes(inventory: NodeInventory, config: AppConfig) -> tuple[int, str]:
     nbytes = max(0, least) * len(disks)
     nbytes = nbytes if cap is None else min(nbytes, cap)
     return nbytes, (
-        f"nvme: {len(disks)} directories, {_mb(max(0, least))} in each with {nvme.min_free_gb:g} GB left free"
+        f"nvme: directories {len(disks)}, {_mb(max(0, least))} in each with {nvme.min_free_gb:g} GB left free"
         f"{'' if cap is None else f', at most {nvme.max_gb:g} GB'} = {_mb(nbytes)}"
     )
 

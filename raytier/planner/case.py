@@ -11,7 +11,7 @@ from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import Budgets, DeviceKind
 from raytier.planner.cost import Sweep, describe_sweep, predict_step
-from raytier.planner.plan import Prediction
+from raytier.planner.plan import Prediction, TierSchemes
 from raytier.planner.sizing import KVDemand, resident_nbytes
 from raytier.planner.solver import Capacity, Solution
 
@@ -25,6 +25,7 @@ class Case:
         mixed_tokens: of a step with decodes among them (`DevicePlan.max_mixed_tokens`).
         activation_bytes: what such a step takes beside weights, KV and ring.
         resident: parameters that only the device can hold -> why.
+        schemes: what each tier makes of a parameter.
     """
 
     manifest: ModelManifest
@@ -38,6 +39,7 @@ class Case:
     mixed_tokens: int
     activation_bytes: int
     resident: Mapping[str, str]
+    schemes: TierSchemes
 
     @property
     def capacity(self) -> Capacity:
@@ -51,7 +53,9 @@ class Case:
 
     def sweep(self, solution: Solution) -> Sweep:
         """What a sweep does under `solution`."""
-        return describe_sweep(self.manifest, solution.tiers, self.kind, solution.ring, packed=self.packed)
+        return describe_sweep(
+            self.manifest, solution.tiers, self.kind, solution.ring, packed=self.packed, schemes=self.schemes
+        )
 
     def step(self, solution: Solution, batch: int = 1) -> Prediction:
         """The predicted decode step under `solution`, at the expected context."""
@@ -60,19 +64,20 @@ class Case:
     @property
     def weight_bytes(self) -> int:
         """All weights, if all were resident."""
-        return sum(resident_nbytes(p, self.manifest) for p in self.manifest.parameters)
+        return sum(resident_nbytes(p, self.manifest, self.schemes) for p in self.manifest.parameters)
 
     @property
     def resident_bytes(self) -> int:
         """Weights that cannot leave the device."""
-        return sum(resident_nbytes(self.manifest.by_name[name], self.manifest) for name in self.resident)
+        parameters = (self.manifest.by_name[name] for name in self.resident)
+        return sum(resident_nbytes(p, self.manifest, self.schemes) for p in parameters)
 
     @property
     def cast_bytes(self) -> int:
         """Resident bytes of the weights that are on the device only because they are cast when loaded."""
         parameters = (self.manifest.by_name[name] for name in self.resident)
         return sum(
-            resident_nbytes(p, self.manifest)
+            resident_nbytes(p, self.manifest, self.schemes)
             for p in parameters
             if len(p.shape) > 1 and p.dtype != self.manifest.computed_dtype(p)
         )

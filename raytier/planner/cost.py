@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.hardware.rates import Overlap, Rates
 from raytier.planner.budgets import DeviceKind
-from raytier.planner.plan import Prediction, Tier, WeightPlan
+from raytier.planner.plan import FILE_TIERS, Prediction, Tier, TierSchemes, WeightPlan
 from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, packable, resident_nbytes, token_bytes
 
 BATCHES = (1, 8, 32)
@@ -31,6 +31,8 @@ class SweepUnit:
         packed_matrices, plain_matrices: how many matrices these are.
         kv_bytes: keys and values of one token in this layer, and the window of it in tokens (0: no window).
         head_rows: vocabulary rows of the output head; 0 for a layer.
+        decoded_bytes: that are decoded on their way into the ring.
+        held_bytes: that what is read takes in the ring.
     """
 
     disk_bytes: int
@@ -43,10 +45,12 @@ class SweepUnit:
     head_rows: int = 0
     packed_matrices: int = 0
     plain_matrices: int = 0
+    decoded_bytes: int = 0
+    held_bytes: int = 0
 
     @property
     def ring_bytes(self) -> int:
-        return max(self.disk_bytes + self.ramdisk_bytes, self.bus_bytes)
+        return max(self.held_bytes, self.bus_bytes)
 
 
 @dataclass(frozen=True)
@@ -94,25 +98,37 @@ class StepLoad:
 
 
 def describe_sweep(
-    manifest: ModelManifest, tier_of: Mapping[str, Tier], kind: DeviceKind, ring: Ring, *, packed: bool = False
+    manifest: ModelManifest,
+    tier_of: Mapping[str, Tier],
+    kind: DeviceKind,
+    ring: Ring,
+    *,
+    packed: bool = False,
+    schemes: TierSchemes | None = None,
 ) -> Sweep:
     """What one sweep reads and computes under a placement. On a CPU device host memory is used in place.
 
     Args:
         packed: resident linear layers are in the layout of the CPU's kernels (`DevicePlan.packed`).
+        schemes: what each tier makes of a parameter; None: nothing.
     """
+    schemes = schemes or TierSchemes()
     count = manifest.num_layers
-    disk, ramdisk, bus, fast, plain, fast_count, plain_count = ([0] * count for _ in range(7))
+    disk, ramdisk, decoded, held, bus, fast, plain, fast_count, plain_count = ([0] * count for _ in range(9))
     for p in manifest.parameters:
         if p.layer is None:
             continue
-        tier, nbytes = tier_of[p.name], resident_nbytes(p, manifest)
+        tier = tier_of[p.name]
+        on_device = tier is Tier.DEVICE
+        nbytes = resident_nbytes(p, manifest, schemes) if on_device else schemes.held_nbytes(p, tier)
         is_fast = packed and packable(p, manifest, tier)
         (fast if is_fast else plain)[p.layer] += nbytes
         (fast_count if is_fast else plain_count)[p.layer] += len(p.shape) > 1
-        disk[p.layer] += p.nbytes if tier is Tier.NVME else 0
-        ramdisk[p.layer] += p.nbytes if tier is Tier.RAMDISK else 0
-        bus[p.layer] += p.nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0
+        disk[p.layer] += schemes.file_nbytes(p, tier) if tier is Tier.NVME else 0
+        ramdisk[p.layer] += schemes.file_nbytes(p, tier) if tier is Tier.RAMDISK else 0
+        decoded[p.layer] += schemes.decoded_nbytes(p, tier) if tier in FILE_TIERS else 0
+        held[p.layer] += nbytes if tier in FILE_TIERS else 0
+        bus[p.layer] += nbytes if kind == "cuda" and not on_device else 0
     units = [
         SweepUnit(
             disk[layer],
@@ -124,6 +140,8 @@ def describe_sweep(
             max(((kv.sliding_window or 0) for kv in manifest.kv_of(layer)), default=0),
             packed_matrices=fast_count[layer],
             plain_matrices=plain_count[layer],
+            decoded_bytes=decoded[layer],
+            held_bytes=held[layer],
         )
         for layer in range(count)
     ]
@@ -131,14 +149,19 @@ def describe_sweep(
     head = manifest.by_name[manifest.head]
     tier = tier_of[head.name]
     rows = ring.head_chunk_rows or head.shape[0]
+    streamed = tier in FILE_TIERS
+    whole = resident_nbytes(head, manifest, schemes) if tier is Tier.DEVICE else schemes.held_nbytes(head, tier)
     for start in range(0, head.shape[0], rows):
         part = min(rows, head.shape[0] - start)
-        nbytes = resident_nbytes(head, manifest) // head.shape[0] * part
+        nbytes = whole * part // head.shape[0]
+        file_bytes = schemes.file_nbytes(head, tier) * part // head.shape[0]
         is_fast = packed and packable(head, manifest, tier)
         units.append(
             SweepUnit(
-                disk_bytes=nbytes if tier is Tier.NVME else 0,
-                ramdisk_bytes=nbytes if tier is Tier.RAMDISK else 0,
+                disk_bytes=file_bytes if tier is Tier.NVME else 0,
+                ramdisk_bytes=file_bytes if tier is Tier.RAMDISK else 0,
+                decoded_bytes=nbytes if schemes.decoded_nbytes(head, tier) else 0,
+                held_bytes=nbytes if streamed else 0,
                 bus_bytes=nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0,
                 packed_bytes=nbytes if is_fast else 0,
                 plain_bytes=0 if is_fast else nbytes,
@@ -168,9 +191,8 @@ def sweep_of(manifest: ModelManifest, plan: WeightPlan) -> Sweep:
     device = plan.devices[0]
     units = device.window + 1 if device.ring_bytes else 0
     ring = Ring(units, device.ring_bytes // max(1, units), device.head_chunk_rows)
-    return describe_sweep(
-        manifest, plan.tier_of, "cuda" if device.kind == "cuda" else "cpu", ring, packed=device.packed
-    )
+    kind: DeviceKind = "cuda" if device.kind == "cuda" else "cpu"
+    return describe_sweep(manifest, plan.tier_of, kind, ring, packed=device.packed, schemes=plan.schemes)
 
 
 def predict_step(sweep: Sweep, rates: Rates, batch: int, context: int) -> Prediction:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from raytier.checkpoint.manifest import ModelManifest
+from raytier.checkpoint.manifest import ModelManifest, Parameter
 from raytier.config import AppConfig, Placement
 from raytier.errors import BudgetError
 from raytier.hardware.inventory import NodeInventory
@@ -14,8 +15,9 @@ from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_wa
 from raytier.planner.budgets import DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
 from raytier.planner.cost import BATCHES, predict_first_token, predict_step
-from raytier.planner.plan import DevicePlan, ParameterPlacement, Tier, WeightPlan
+from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
+from raytier.planner.schemes import tier_schemes
 from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, resident_nbytes
 from raytier.planner.solver import CLEARLY_FASTER, Capacity, Depth, Solution, Solver, depths
 from raytier.planner.step_tokens import LEAST_TOKENS, step_tokens
@@ -77,6 +79,7 @@ def plan_weights(
         mixed_tokens=first,
         activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
+        schemes=tier_schemes(manifest, config),
     )
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
@@ -91,11 +94,11 @@ def plan_weights(
     sizes = dict.fromkeys(Tier, 0)
     for p in manifest.parameters:
         tier = solution.tiers[p.name]
-        sizes[tier] += resident_nbytes(p, manifest) if tier is Tier.DEVICE else p.nbytes
+        sizes[tier] += _nbytes(case, p, tier)
     unruled = _without_rules(case, fitted)
     return WeightPlan(
         model_dir=manifest.model_dir,
-        placements=_placements(manifest, solution, fitted.rules, case.resident),
+        placements=_placements(case, solution, fitted.rules),
         devices=(
             DevicePlan(
                 index=device_index,
@@ -125,7 +128,17 @@ def plan_weights(
         warnings=plan_warnings(case, fitted.rules, solution, fitted.blocks, unruled),
         notes=plan_notes(case, solution, fitted.left_out, by_rates=isinstance(chosen, str)),
         context=case.demand.context,
+        schemes=case.schemes,
     )
+
+
+def _nbytes(case: Case, parameter: Parameter, tier: Tier) -> int:
+    """Bytes that a parameter takes on a tier."""
+    if tier is Tier.DEVICE:
+        return resident_nbytes(parameter, case.manifest, case.schemes)
+    if tier in FILE_TIERS:
+        return case.schemes.file_nbytes(parameter, tier)
+    return case.schemes.held_nbytes(parameter, tier)
 
 
 def _least_tokens(case: Case) -> int:
@@ -174,9 +187,9 @@ def _fit_tokens(case: Case) -> _Fitted | None:
 def _solver(case: Case, device_room: int) -> tuple[RuleResult, Solver]:
     """What the user's rules place, of which `device_room` bytes may be on the device, and a solver for the rest."""
     room = {tier: case.capacity.room(tier) for tier in Tier} | {Tier.DEVICE: device_room}
-    rules = apply_rules(case.manifest, case.config.placement.rules, room, case.resident)
+    rules = apply_rules(case.manifest, case.config.placement.rules, room, case.resident, partial(_nbytes, case))
     fixed = dict.fromkeys(case.resident, Tier.DEVICE) | rules.tiers
-    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes)
+    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes)
 
 
 def _fit_rules(case: Case) -> _Fitted | None:
@@ -200,8 +213,8 @@ def _leave_out(case: Case, solver: Solver, rules: RuleResult, solution: Solution
     capacity: Capacity = case.capacity
     for tier in (Tier.RAMDISK, Tier.HOST):
         used = [p for p in case.manifest.parameters if solution.tiers[p.name] is tier]
-        by_rule = sum(p.nbytes for p in used if p.name in rules.tiers)
-        if by_rule == sum(p.nbytes for p in used):
+        by_rule = sum(_nbytes(case, p, tier) for p in used if p.name in rules.tiers)
+        if by_rule == sum(_nbytes(case, p, tier) for p in used):
             continue
         smaller = capacity.limited(tier, by_rule)
         other = solver.best(smaller, kv_bytes, depths(case.config.prefetch.window))
@@ -235,7 +248,7 @@ def _rule_rooms(case: Case) -> tuple[int, ...]:
     layer = [0] * manifest.num_layers
     for p in manifest.parameters:
         if p.layer is not None and p.name not in case.resident:
-            layer[p.layer] += p.nbytes
+            layer[p.layer] += _nbytes(case, p, Tier.DEVICE)
     return max(0, room), max(0, room - 2 * max(layer, default=0)), 0
 
 
@@ -278,17 +291,24 @@ def _throughput(case: Case, solution: Solution, blocks: int) -> float:
     return sequences / case.step(solution, max(1, round(sequences))).seconds
 
 
-def _placements(
-    manifest: ModelManifest, solution: Solution, rules: RuleResult, resident: Mapping[str, str]
-) -> tuple[ParameterPlacement, ...]:
-    placements = []
+def _placements(case: Case, solution: Solution, rules: RuleResult) -> tuple[ParameterPlacement, ...]:
+    manifest, placements = case.manifest, []
     for p in manifest.parameters:
         tier = solution.tiers[p.name]
-        reason = rules.reasons.get(p.name) or resident.get(p.name)
+        reason = rules.reasons.get(p.name) or case.resident.get(p.name)
         if reason is None:
             reason = _default_reason(manifest, p.name, tier, solution.lowered)
         skipped = rules.skipped.get(p.name)
-        placements.append(ParameterPlacement(p.name, tier, f"{reason} ({skipped})" if skipped else reason))
+        scheme = case.schemes.of(p.name, tier)
+        placements.append(
+            ParameterPlacement(
+                p.name,
+                tier,
+                f"{reason} ({skipped})" if skipped else reason,
+                "source" if scheme.form is None else scheme.form.name,
+                str(scheme.codec),
+            )
+        )
     return tuple(placements)
 
 

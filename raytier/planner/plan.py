@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from math import prod
+
+from raytier.checkpoint.manifest import Parameter
+from raytier.codecs.scheme import PLAIN, Scheme
 
 
 class Tier(StrEnum):
@@ -20,13 +25,70 @@ class Tier(StrEnum):
 FILE_TIERS = (Tier.RAMDISK, Tier.NVME)
 
 
+#: What codecs make of a byte of weights where no sample of them has been coded: of the elements of plain forms, and of
+#: what else there is.
+_RATIOS = {
+    "zstd-planes": {"bfloat16": 0.68, "float16": 0.86, "float32": 0.84},
+    "zstd": {"bfloat16": 0.79, "float16": 0.93, "float32": 0.93},
+}
+
+
+#: Upper estimate of what coded exponents leave of bf16 weights.
+_CODED_RATIO = 0.72
+
+
+@dataclass(frozen=True)
+class TierSchemes:
+    """The scheme of every parameter on every tier: `PLAIN` where `by_tier` does not say.
+
+    Attributes:
+        ratios: codec -> dtype of plain elements -> coded over decoded bytes; what is missing does not shrink.
+    """
+
+    by_tier: Mapping[Tier, Mapping[str, Scheme]] = field(default_factory=dict)
+    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: _RATIOS)
+
+    def of(self, name: str, tier: Tier) -> Scheme:
+        return self.by_tier.get(tier, {}).get(name, PLAIN)
+
+    def held_nbytes(self, parameter: Parameter, tier: Tier) -> int:
+        """Bytes of a parameter where it is computed on from a tier other than the device: in memory, or in the ring."""
+        form = self.of(parameter.name, tier).form
+        if form is None:
+            return parameter.nbytes
+        nbytes = form.nbytes(parameter.shape)
+        return int(2 * _CODED_RATIO * prod(parameter.shape)) if nbytes is None else nbytes
+
+    def file_nbytes(self, parameter: Parameter, tier: Tier) -> int:
+        """Bytes that files of a tier take for a parameter, as far as can be said before it is coded."""
+        scheme, nbytes = self.of(parameter.name, tier), self.held_nbytes(parameter, tier)
+        dtype = parameter.dtype if scheme.form is None else scheme.form.dtype
+        return nbytes if dtype is None else int(nbytes * self.ratios.get(scheme.codec.name, {}).get(dtype, 1.0))
+
+    def decoded_nbytes(self, parameter: Parameter, tier: Tier) -> int:
+        """Bytes that are decoded to have a parameter once."""
+        coded = self.of(parameter.name, tier).codec.name != "none"
+        return self.held_nbytes(parameter, tier) if coded else 0
+
+    def converted(self, tier: Tier) -> frozenset[str]:
+        """Names of what a tier does not hold as the checkpoint does."""
+        return frozenset(self.by_tier.get(tier, {}))
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterPlacement:
-    """Tier of one parameter and why (`reason`: the rule, the default, or what it fell through)."""
+    """Tier of one parameter and why (`reason`: the rule, the default, or what it fell through).
+
+    Attributes:
+        precision: name of the form in which it is held there; `source`: as in the checkpoint.
+        codec: of the tier's files.
+    """
 
     name: str
     tier: Tier
     reason: str
+    precision: str = "source"
+    codec: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +168,7 @@ class WeightPlan:
         warnings: what the user should know (a rule that fell through, unused GPUs, ...).
         notes: why the plan is as it is (a tier that would not pay, copies that it makes, ...).
         context: tokens per sequence that the predictions are for.
+        schemes: what each tier makes of a parameter that is there, or is moved there.
     """
 
     model_dir: str
@@ -120,6 +183,7 @@ class WeightPlan:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     context: int = 0
+    schemes: TierSchemes = field(default_factory=TierSchemes)
 
     @cached_property
     def tier_of(self) -> dict[str, Tier]:

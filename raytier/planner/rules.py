@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
@@ -30,13 +30,18 @@ def matches(pattern: str, parameter: Parameter) -> bool:
 
 
 def apply_rules(
-    manifest: ModelManifest, rules: Sequence[PlacementRule], room: Mapping[Tier, int], unmovable: Mapping[str, str]
+    manifest: ModelManifest,
+    rules: Sequence[PlacementRule],
+    room: Mapping[Tier, int],
+    unmovable: Mapping[str, str],
+    nbytes: Callable[[Parameter, Tier], int],
 ) -> RuleResult:
     """Place every parameter by the first rule (lowest priority, then order) whose tier has room for it.
 
     Args:
         room: bytes that rules may fill per tier.
         unmovable: parameters that rules cannot move -> why.
+        nbytes: what a parameter takes on a tier.
     """
     left = dict(room)
     result = RuleResult()
@@ -52,8 +57,8 @@ def apply_rules(
             if parameter.name in unmovable:
                 result.skipped[parameter.name] = f"{unmovable[parameter.name]}; rule {rule.pattern!r} does not apply"
                 break
-            if parameter.nbytes <= left[tier]:
-                left[tier] -= parameter.nbytes
+            if nbytes(parameter, tier) <= left[tier]:
+                left[tier] -= nbytes(parameter, tier)
                 result.tiers[parameter.name] = tier
                 after = result.skipped.pop(parameter.name, "")
                 result.reasons[parameter.name] = f"rule {rule.pattern!r}" + (f" after {after}" if after else "")
@@ -65,7 +70,7 @@ def apply_rules(
 
     warnings = [
         f"placement rule {rules[i].pattern!r} -> {rules[i].tier}: {len(parameters)} parameters "
-        f"({sum(p.nbytes for p in parameters) / MIB:.0f} MB) fell through, the tier has room for "
+        f"({sum(nbytes(p, Tier(rules[i].tier)) for p in parameters) / MIB:.0f} MB) fell through, the tier has room for "
         f"{room[Tier(rules[i].tier)] / MIB:.0f} MB"
         for i, parameters in sorted(full.items())
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, Role
+from raytier.codecs.codec import frame_step
 from raytier.config import MIB, AppConfig
-from raytier.planner.plan import Tier
+from raytier.planner.plan import Tier, TierSchemes
 
 #: O_DIRECT reads whole 4 KiB blocks at both ends of every contiguous run of bytes.
 ALIGNMENT_SLACK = 8192
@@ -21,8 +22,11 @@ HEAD_CHUNK = (4 * MIB, 64 * MIB)
 HEAD_CHUNK_ALONE = 16 * MIB
 
 
-def resident_nbytes(parameter: Parameter, manifest: ModelManifest) -> int:
-    """Bytes of a resident parameter: it is cast to the dtype that it is computed in when loaded."""
+def resident_nbytes(parameter: Parameter, manifest: ModelManifest, schemes: TierSchemes | None = None) -> int:
+    """Bytes of a resident parameter: it is cast to the dtype that it is computed in when loaded, if `schemes` have no
+    form for it."""
+    if schemes is not None and schemes.of(parameter.name, Tier.DEVICE).form is not None:
+        return schemes.held_nbytes(parameter, Tier.DEVICE)
     return prod(parameter.shape) * DTYPE_BYTES[manifest.computed_dtype(parameter)]
 
 
@@ -132,12 +136,16 @@ class Ring:
         return max(0, self.units - 1)
 
 
-def ring_nbytes(parameter: Parameter) -> int:
-    """Upper bound of the ring bytes that a streamed parameter takes, gaps left out.
+def ring_nbytes(parameter: Parameter, schemes: TierSchemes, tiers: Collection[Tier]) -> int:
+    """Upper bound of the ring bytes that a parameter takes which is streamed from one of `tiers`, gaps left out."""
+    return max(_ring_nbytes(parameter, schemes, tier) for tier in tiers)
 
-    Its own bytes, alignment around each contiguous run, and a second copy if it cannot be used where it was read: it
-    lies in several runs, or at an offset that its dtype cannot start at.
-    """
+
+def _ring_nbytes(parameter: Parameter, schemes: TierSchemes, tier: Tier) -> int:
+    """Its own bytes, alignment around each contiguous run, and a second copy if it cannot be used where it was read: it
+    lies in several runs, or at an offset that its dtype cannot start at. Files of a tier begin with a parameter."""
+    if not schemes.of(parameter.name, tier).plain:
+        return schemes.held_nbytes(parameter, tier) + ALIGNMENT_SLACK
     runs = [e for i, e in enumerate(parameter.extents) if i == 0 or not _follows(parameter.extents[i - 1], e)]
     in_place = len(runs) <= 1 and all(e.offset % DTYPE_BYTES[parameter.dtype] == 0 for e in runs)
     return parameter.nbytes * (1 if in_place else 2) + ALIGNMENT_SLACK * max(1, len(runs))
@@ -148,7 +156,23 @@ def unit_nbytes(sizes: Sequence[int]) -> int:
     return sum(sizes) + min(int(GAP_FRACTION * sum(sizes)), GAP_BYTES * max(0, len(sizes) - 1))
 
 
-def plan_ring(units: Sequence[int], head: Parameter | None, ahead: int, *, economical: bool) -> Ring:
+@dataclass(frozen=True, slots=True)
+class HeadSize:
+    """A streamed output head: its rows, ring bytes of all of it (`ring_nbytes`), and decoded bytes of a frame (0: it is
+    not coded)."""
+
+    rows: int
+    nbytes: int
+    frame: int = 0
+
+
+def head_size(head: Parameter, schemes: TierSchemes, tiers: Collection[Tier]) -> HeadSize:
+    """As a head is, streamed from one of `tiers`."""
+    frames = [frame_step(n, head.shape[0]) for tier in tiers if (n := schemes.decoded_nbytes(head, tier))]
+    return HeadSize(head.shape[0], ring_nbytes(head, schemes, tiers), max(frames, default=0))
+
+
+def plan_ring(units: Sequence[int], head: HeadSize | None, ahead: int, *, economical: bool) -> Ring:
     """Ring for the bytes that stream per layer (0: nothing) and for a streamed output head.
 
     A unit is what one layer, or one chunk of the head, streams. The ring never has fewer than two units (one computing,
@@ -157,13 +181,14 @@ def plan_ring(units: Sequence[int], head: Parameter | None, ahead: int, *, econo
     """
     largest, count, rows = max(units, default=0), sum(1 for unit in units if unit), 0
     if head is not None:
-        row_bytes = ring_nbytes(head) / head.shape[0]
+        row_bytes = head.nbytes / head.rows
         low, high = HEAD_CHUNK
         wanted = min(max(largest, low), high) if count else HEAD_CHUNK_ALONE
         # At least eight chunks, so that a small head is not all in the ring.
         rows = max(1, int(min(wanted, head.nbytes // 8) / row_bytes))
-        largest = max(largest, ceil(rows * row_bytes) + ALIGNMENT_SLACK)
-        count += ceil(head.shape[0] / rows)
+        # A frame that two chunks share is decoded for both.
+        largest = max(largest, ceil(rows * row_bytes) + ALIGNMENT_SLACK + min(head.nbytes, 2 * head.frame))
+        count += ceil(head.rows / rows)
     if count == 0:
         return Ring()
     cap = max(2, count // 2) if economical else max(2, count)

@@ -15,8 +15,8 @@ from raytier.checkpoint.manifest import ModelManifest, Parameter
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.cost import CALL_SECONDS, Sweep, describe_sweep, predict_step
-from raytier.planner.plan import Tier
-from raytier.planner.sizing import Ring, plan_ring, resident_nbytes, ring_nbytes, unit_nbytes
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
+from raytier.planner.sizing import HeadSize, Ring, head_size, plan_ring, resident_nbytes, ring_nbytes, unit_nbytes
 from raytier.planner.spread import spread
 
 #: Layers ahead with which a ring was measured to keep the disk busy to 99 % (one more is being computed on).
@@ -94,6 +94,7 @@ class Solver:
         fixed: parameters whose tier is given (always resident, or placed by a rule). Every other parameter of a layer,
             the embedding and the head are the solver's to place.
         activation_bytes: device bytes beside weights, ring and KV.
+        schemes: what each tier makes of a parameter.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class Solver:
         rates: Rates,
         fixed: Mapping[str, Tier],
         activation_bytes: int,
+        schemes: TierSchemes,
     ) -> None:
         self._manifest = manifest
+        self._schemes = schemes
         self._kind = kind
         self._rates = rates
         self._fixed = dict(fixed)
@@ -116,20 +119,26 @@ class Solver:
         #: Per tier, bytes of each layer that are fixed on it or below.
         self._fixed_below = {tier: [0] * manifest.num_layers for tier in LOWER}
         self._whole: list[Parameter] = []
+        #: Bytes of every parameter on every tier.
+        self._nbytes = {
+            Tier.DEVICE: {p.name: resident_nbytes(p, manifest, schemes) for p in manifest.parameters},
+            Tier.HOST: {p.name: schemes.held_nbytes(p, Tier.HOST) for p in manifest.parameters},
+            **{tier: {p.name: schemes.file_nbytes(p, tier) for p in manifest.parameters} for tier in FILE_TIERS},
+        }
         for p in manifest.parameters:
             tier = self._fixed.get(p.name)
             if tier is None:
                 (self._whole if p.layer is None else self._free[p.layer]).append(p)
                 continue
-            self._base[tier] += resident_nbytes(p, manifest) if tier is Tier.DEVICE else p.nbytes
+            self._base[tier] += self._nbytes[tier][p.name]
             if p.layer is None or tier is Tier.DEVICE:
                 continue
             if tier in self._streaming:
                 self._fixed_stream[p.layer].append(p)
             for upper in LOWER[: LOWER.index(tier) + 1]:
-                self._fixed_below[upper][p.layer] += p.nbytes
-        self._ring_nbytes = {p.name: ring_nbytes(p) for p in manifest.parameters}
-        self._free_bytes = sum(p.nbytes for layer in self._free for p in layer)
+                self._fixed_below[upper][p.layer] += self._nbytes[upper][p.name]
+        self._ring_nbytes = {p.name: ring_nbytes(p, schemes, self._streaming) for p in manifest.parameters}
+        self._free_bytes = self._sum(Tier.DEVICE, self._free)
 
     def best(self, capacity: Capacity, kv_bytes: int, tried: Sequence[Depth]) -> Solution | None:
         """The solution with the lowest predicted step time; None when nothing fits.
@@ -177,18 +186,18 @@ class Solver:
         """Place the layers' parameters, given the tiers of embedding and head (`whole`)."""
         base = dict(self._base)
         for name, tier in whole.items():
-            base[tier] += self._manifest.by_name[name].nbytes
+            base[tier] += self._nbytes[tier][name]
         room = {tier: capacity.room(tier) - base[tier] for tier in LOWER}
         if min(room.values()) < 0:
             return None
         device = base[Tier.DEVICE] + kv_bytes
-        sizes = [[p.nbytes for p in layer] for layer in self._free]
+        sizes = self._sizes(Tier.DEVICE, self._free)
         head = self._streamed_head(whole)
         target = max(0, device + self._free_bytes - capacity.device)
         while True:
             lowered = spread(sizes, self._fixed_below[self._streaming[0]], target)
             leaving = [[layer[i] for i in picked] for layer, picked in zip(self._free, lowered, strict=True)]
-            leaving_bytes = _nbytes(leaving)
+            leaving_bytes = self._sum(Tier.DEVICE, leaving)
             below = self._cascade(leaving, room)
             if below is None:
                 return None
@@ -220,17 +229,21 @@ class Solver:
         below = {LOWER[0]: leaving}
         for tier, after in pairwise(LOWER):
             here = below[tier]
-            on = spread(
-                [[p.nbytes for p in layer] for layer in here], self._fixed_below[after], _nbytes(here) - room[tier]
-            )
+            on = spread(self._sizes(tier, here), self._fixed_below[after], self._sum(tier, here) - room[tier])
             below[after] = [[layer[i] for i in picked] for layer, picked in zip(here, on, strict=True)]
-        return below if _nbytes(below[LOWER[-1]]) <= room[LOWER[-1]] else None
+        return below if self._sum(LOWER[-1], below[LOWER[-1]]) <= room[LOWER[-1]] else None
 
-    def _streamed_head(self, whole: Mapping[str, Tier]) -> Parameter | None:
+    def _sizes(self, tier: Tier, layers: Sequence[Sequence[Parameter]]) -> list[list[int]]:
+        return [[self._nbytes[tier][p.name] for p in layer] for layer in layers]
+
+    def _sum(self, tier: Tier, layers: Sequence[Sequence[Parameter]]) -> int:
+        return sum(map(sum, self._sizes(tier, layers)))
+
+    def _streamed_head(self, whole: Mapping[str, Tier]) -> HeadSize | None:
         """The output head when it streams. A tied pair is one copy, and as the head it streams whole."""
         head = self._manifest.by_name[self._manifest.head]
         tier = (self._fixed | dict(whole))[head.name]
-        return head if tier in self._streaming else None
+        return head_size(head, self._schemes, self._streaming) if tier in self._streaming else None
 
     def _fastest(self, solutions: Sequence[Solution]) -> Solution | None:
         """Among those that are about as fast as the fastest, the one that reads least and leaves most on the device:
@@ -240,7 +253,9 @@ class Solver:
         return min(about, key=self._off_device, default=None)
 
     def _sweep(self, solution: Solution) -> Sweep:
-        return describe_sweep(self._manifest, solution.tiers, self._kind, solution.ring, packed=self._packed)
+        return describe_sweep(
+            self._manifest, solution.tiers, self._kind, solution.ring, packed=self._packed, schemes=self._schemes
+        )
 
     def _step_seconds(self, solution: Solution) -> float:
         return predict_step(self._sweep(solution), self._rates, 1, 0).seconds
@@ -255,7 +270,3 @@ class Solver:
 def _too_shallow(solution: Solution) -> bool:
     ring = solution.ring
     return ring.window * ring.unit_bytes < min(LEAST_IN_FLIGHT_BYTES, DEEPEST * ring.unit_bytes)
-
-
-def _nbytes(layers: Sequence[Sequence[Parameter]]) -> int:
-    return sum(p.nbytes for layer in layers for p in layer)

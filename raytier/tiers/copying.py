@@ -1,4 +1,5 @@
-"""Copying ranges of checkpoint files into new files, past the page cache and in bounded memory."""
+"""Writing parameters of a checkpoint to new files, in another form or coded where a scheme says so, past the page cache
+and in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,17 +7,25 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 
-from raytier.checkpoint.manifest import Extent, SourceFile
+import numpy as np
+
+from raytier.checkpoint.manifest import Extent, Parameter, SourceFile, Stored
+from raytier.codecs.codec import Encoder, Frames, checksum, frame_ranges, frame_step
+from raytier.codecs.coded import DoesNotShrinkError
+from raytier.codecs.forms import Bytes
+from raytier.codecs.scheme import Scheme, element_of, form_parts
 from raytier.errors import CheckpointError, TierError
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer, align_down, align_up
+from raytier.tiers.copies import TierCopy
 from raytier.tiers.files import DirectFile
-from raytier.tiers.striping import slice_extents
+from raytier.tiers.striping import file_sizes, slice_extents, stripe_extents
 
 #: Bytes read, and then written, in one request.
 CHUNK_BYTES = 4 << 20
@@ -32,46 +41,37 @@ Opener = Callable[[str, int, int], int]
 
 @dataclass(frozen=True, slots=True)
 class CopyJob:
-    """A file to be written.
+    """A parameter to be written.
 
     Attributes:
-        path: of the new file; nothing is there yet.
-        size: in bytes, a multiple of `ALIGNMENT`; what no extent fills is zero.
-        source: extents whose concatenation are the bytes of a parameter.
-        extents: the same bytes in the files of the copy, of which this is number `index`.
+        paths: of its files, in stripes of `stripe_bytes`, a multiple of `ALIGNMENT`; nothing is there yet. What turns
+            out to be small may need fewer of them.
+        most: bytes in each of them at most.
     """
 
-    path: str
-    size: int
-    source: tuple[Extent, ...]
-    extents: tuple[Extent, ...]
-    index: int
-
-    def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """(offset in the file, first byte in the parameter, bytes) of every request, at most `CHUNK_BYTES` each."""
-        position = 0
-        for extent in self.extents:
-            if extent.file == self.index:
-                for start in range(0, extent.nbytes, CHUNK_BYTES):
-                    nbytes = min(CHUNK_BYTES, extent.nbytes - start)
-                    yield extent.offset + start, position + start, nbytes
-            position += extent.nbytes
+    parameter: Parameter
+    scheme: Scheme
+    paths: tuple[str, ...]
+    stripe_bytes: int
+    most: tuple[int, ...]
 
 
 def copy_all(
     jobs: Sequence[CopyJob],
     sources: Sequence[SourceFile],
     wrote: Callable[[int, int], None],
+    finished: Callable[[CopyJob, TierCopy], None],
     cancelled: Callable[[], bool],
     opener: Opener = os.open,
 ) -> None:
-    """Write the files of `jobs`, each under a temporary name until it is complete and on the disk.
+    """Write the files of `jobs`, each under a temporary name until all of its parameter is on the disk.
 
     When it raises, no temporary file is left and nothing is being written any more; files that were complete stay.
 
     Args:
-        sources: what the source extents of the jobs index.
-        wrote: called after every request with the bytes written and the bytes read for it.
+        sources: what the extents of the jobs' parameters index.
+        wrote: called after every request with the bytes written and the bytes read.
+        finished: called with every parameter that is complete, by one of several threads.
         cancelled: asked before every request.
 
     Raises:
@@ -79,9 +79,9 @@ def copy_all(
         CheckpointError: a source is missing, has another size, or ends before an extent does.
         TierError: reading or writing failed, or it was cancelled.
     """
-    used = {extent.file for job in jobs for extent in job.source}
+    used = {extent.file for job in jobs for extent in job.parameter.extents}
     for job in jobs:
-        for extent in job.source:
+        for extent in job.parameter.extents:
             if extent.offset + extent.nbytes > sources[extent.file].size:
                 file = sources[extent.file]
                 raise CheckpointError(f"{file.path} has {file.size} bytes, {extent} reaches beyond its end")
@@ -99,8 +99,10 @@ def copy_all(
         def work() -> None:
             try:
                 with AlignedBuffer(CHUNK_BYTES + 2 * ALIGNMENT) as read, AlignedBuffer(CHUNK_BYTES) as written:
+                    source = _Source(files, read.view, wrote, stopped)
                     while True:
-                        _copy(waiting.get_nowait(), files, read.view, written.view, wrote, stopped, opener)
+                        job = waiting.get_nowait()
+                        finished(job, _copy(job, source, written.view, wrote, opener))
             except Empty:
                 pass
             except BaseException as error:
@@ -114,33 +116,158 @@ def copy_all(
         raise errors[0]
 
 
+class _Source:
+    """Reads parameters of the checkpoint, in memory that it uses again and again."""
+
+    def __init__(
+        self,
+        files: dict[int, DirectFile],
+        memory: memoryview,
+        wrote: Callable[[int, int], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._files = files
+        self._memory = memory
+        self._wrote = wrote
+        self._stopped = stopped
+        self._data = np.empty(0, np.uint8)
+
+    def read(self, parameter: Parameter, start: int, stop: int) -> Bytes:
+        """Bytes [start, stop) of a parameter, valid until the next call."""
+        if len(self._data) < stop - start:
+            self._data = np.empty(stop - start, np.uint8)
+        data = self._data[: stop - start]
+        for begin in range(start, stop, CHUNK_BYTES):
+            if self._stopped():
+                raise TierError(f"copying {parameter.name} was stopped")
+            nbytes = min(CHUNK_BYTES, stop - begin)
+            into = data.data[begin - start : begin - start + nbytes]
+            self._wrote(0, _gather(parameter.extents, begin, nbytes, self._files, self._memory, into))
+        return data
+
+
 def _copy(
-    job: CopyJob,
-    files: dict[int, DirectFile],
-    read: memoryview,
-    written: memoryview,
-    wrote: Callable[[int, int], None],
-    stopped: Callable[[], bool],
-    opener: Opener,
-) -> None:
-    temporary = f"{job.path}.new"
-    try:
-        with _NewFile(temporary, job.size, opener) as new:
-            for offset, start, nbytes in job.chunks():
-                if stopped():
-                    raise TierError(f"copying to {job.path} was stopped")
-                padded = align_up(nbytes)
-                nread = _gather(job.source, start, nbytes, files, read, written)
-                written[nbytes:padded] = bytes(padded - nbytes)
-                new.write(written[:padded], offset)
-                wrote(padded, nread)
-            new.sync()
-        with _naming(temporary):
-            os.rename(temporary, job.path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    job: CopyJob, source: _Source, written: memoryview, wrote: Callable[[int, int], None], opener: Opener
+) -> TierCopy:
+    parameter, form = job.parameter, job.scheme.form
+    parts = form_parts(form, partial(source.read, parameter), parameter.nbytes, parameter.dtype, parameter.shape)
+    nbytes = parameter.nbytes if form is None else form.nbytes(parameter.shape)
+    if nbytes is None:
+        try:
+            whole = next(parts)
+        except DoesNotShrinkError:
+            return _copy(replace(job, scheme=replace(job.scheme, form=None)), source, written, wrote, opener)
+        parts, nbytes = iter([whole]), len(whole)
+    encoder = Encoder(job.scheme.codec, element_of(form, parameter.dtype))
+    step = frame_step(nbytes, parameter.shape[0] if parameter.shape else 1)
+    sizes: list[int] = []
+    checksums: list[int] = []
+    with _Striped(job, written, wrote, opener) as striped:
+        for frame in _frames(parts, step):
+            coded = encoder.encode(frame)
+            sizes.append(len(coded))
+            checksums.append(checksum(coded))
+            striped.append(memoryview(coded))
+        return striped.finish(Frames(nbytes, step, tuple(sizes), tuple(checksums)))
+
+
+def _frames(parts: Iterable[Bytes], step: int) -> Iterator[Bytes]:
+    """The concatenation of `parts` in pieces of `step` bytes and a rest, each valid until the next."""
+    frame, filled = np.empty(step, np.uint8), 0
+    for part in parts:
+        position = 0
+        while position < len(part):
+            count = min(step - filled, len(part) - position)
+            if count == step:
+                yield part[position : position + step]
+            else:
+                frame[filled : filled + count] = part[position : position + count]
+                filled += count
+                if filled == step:
+                    yield frame
+                    filled = 0
+            position += count
+    if filled:
+        yield frame[:filled]
+
+
+class _Striped:
+    """The files of one parameter, written from the beginning to the end through `memory`.
+
+    What is written is dealt out as `stripe_extents` says. Leaving it before `finish` removes everything.
+    """
+
+    def __init__(self, job: CopyJob, memory: memoryview, wrote: Callable[[int, int], None], opener: Opener) -> None:
+        self._job = job
+        self._memory = memory
+        self._wrote = wrote
+        self._opener = opener
+        self._files: list[_NewFile] = []
+        self._position = 0  # of what has been written, in the coded bytes
+        self._waiting = 0  # bytes in memory behind that
+
+    def append(self, data: memoryview) -> None:
+        while data:
+            count = min(len(data), self._room() - self._waiting)
+            self._memory[self._waiting : self._waiting + count] = data[:count]
+            self._waiting += count
+            data = data[count:]
+            if self._waiting == self._room():
+                self._flush()
+
+    def _room(self) -> int:
+        """Bytes that the next request may have: it ends with its stripe."""
+        if len(self._job.paths) == 1:
+            return len(self._memory)
+        return min(len(self._memory), self._job.stripe_bytes - self._position % self._job.stripe_bytes)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        job, count = self._job, len(self._job.paths)
+        stripe, within = divmod(self._position, job.stripe_bytes) if count > 1 else (0, self._position)
+        number = stripe % count
+        if number == len(self._files):
+            self._files.append(_NewFile(f"{job.paths[number]}.new", job.most[number], self._opener))
+        padded = align_up(self._waiting)
+        self._memory[self._waiting : padded] = bytes(padded - self._waiting)
+        self._files[number].write(self._memory[:padded], stripe // count * job.stripe_bytes + within)
+        self._position += self._waiting
+        self._waiting = 0
+        self._wrote(padded, 0)
+
+    def finish(self, frames: Frames) -> TierCopy:
+        """Have it all on the disk under its name."""
+        self._flush()
+        job = self._job
+        extents = stripe_extents(self._position, max(1, len(job.paths)), job.stripe_bytes)
+        sizes = file_sizes(extents)
+        for file, size in zip(self._files, sizes, strict=True):
+            file.sync(size)
+        for file, path in zip(self._files, job.paths, strict=False):
+            with _naming(file.path):
+                os.rename(file.path, path)
+        files = tuple(SourceFile(path, size) for path, size in zip(job.paths, sizes, strict=False))
+        return TierCopy(files, Stored(job.scheme.form, job.scheme.codec, frames, extents))
+
+    def __enter__(self) -> _Striped:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._files:
+            file.close()
+        if kind is not None:
+            for path in (path for one in self._job.paths for path in (f"{one}.new", one)):
+                with suppress(OSError):
+                    os.unlink(path)
+
+
+def most_nbytes(parameter: Parameter, scheme: Scheme) -> int:
+    """Upper bound of the bytes that a parameter takes in its files, padding left out."""
+    nbytes = None if scheme.form is None else scheme.form.nbytes(parameter.shape)
+    nbytes = parameter.nbytes if nbytes is None else nbytes
+    step = frame_step(nbytes, parameter.shape[0] if parameter.shape else 1)
+    return sum(scheme.codec.most_bytes(stop - start) for start, stop in frame_ranges(nbytes, step))
 
 
 def _gather(
@@ -160,10 +287,10 @@ def _gather(
 
 
 class _NewFile:
-    """A file of known size that is written with O_DIRECT where the filesystem can, else through the page cache."""
+    """A file of at most `size` bytes, written with O_DIRECT where the filesystem can, else through the page cache."""
 
     def __init__(self, path: str, size: int, opener: Opener) -> None:
-        self._path = path
+        self.path = path
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with _naming(path):
             try:
@@ -185,7 +312,7 @@ class _NewFile:
     def write(self, view: memoryview, offset: int) -> None:
         """Write all of `view`, whose address, like `offset` and its length, is aligned."""
         done = 0
-        with _naming(self._path):
+        with _naming(self.path):
             while done < len(view):
                 done += self._pwrite(view[done:], offset + done)
 
@@ -199,17 +326,15 @@ class _NewFile:
         self._direct = False
         return os.pwrite(self._fd, view, offset)
 
-    def sync(self) -> None:
-        """Wait until it is on the disk, and leave nothing of it in the page cache."""
-        with _naming(self._path):
+    def sync(self, size: int) -> None:
+        """Cut it to `size`, wait until it is on the disk, and leave nothing of it in the page cache."""
+        with _naming(self.path):
+            os.ftruncate(self._fd, size)
             os.fsync(self._fd)
         if not self._direct:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def __enter__(self) -> _NewFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         os.close(self._fd)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from raytier.errors import ConfigurationError, ResourceNotAvailableError
@@ -103,6 +104,51 @@ class OwnedDirectory:
         self._lock = -1
         if remove:
             _remove(self.path)
+
+
+class KeptDirectory:
+    """The directory `<parent>/raytier-store`, made where it is missing: for files that outlive processes.
+
+    Raises:
+        ConfigurationError: it cannot be made, or nothing can be written there.
+    """
+
+    def __init__(self, parent: str) -> None:
+        self.parent = parent
+        self.path = os.path.join(parent, "raytier-store")
+        try:
+            os.makedirs(self.path, 0o700, exist_ok=True)
+            self._lock = os.open(os.path.join(self.path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigurationError(f"cannot write to {parent}: {error.strerror} (errno {error.errno})") from error
+
+    def files(self) -> set[str]:
+        """Names of all files in it."""
+        return set(os.listdir(self.path)) - {_LOCK}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until no other process changes what is there, and keep it so."""
+        with contextlib.suppress(OSError):  # a filesystem without locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a process has not finished; call it while nobody else writes (`locked`)."""
+        for name in self.files():
+            if name.endswith(".new"):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.path, name))
+
+    def close(self, *, remove: bool = True) -> None:
+        """Let go of it; its files stay. A second call does nothing."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def remove_leftovers(parent: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bit-exact copies of parameters in files of a tier, in one directory or striped over several."""
+"""Copies of parameters in files of a tier, in one directory or striped over several."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from raytier.checkpoint.manifest import Parameter, SourceFile
+from raytier.codecs.scheme import PLAIN, Scheme
 from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvailableError, TierError
 from raytier.tiers.aligned import align_up
 from raytier.tiers.copies import TierCopy
-from raytier.tiers.copying import CopyJob, Opener, copy_all
-from raytier.tiers.owners import OwnedDirectory, owner_name, remove_leftovers
+from raytier.tiers.copying import CopyJob, Opener, copy_all, most_nbytes
+from raytier.tiers.owners import KeptDirectory, OwnedDirectory, owner_name, remove_leftovers
 from raytier.tiers.striping import file_sizes, stripe_extents
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,19 @@ class TierUsage:
     errors: int
     directories: tuple[DirectoryUsage, ...]
 
+    def __add__(self, other: TierUsage) -> TierUsage:
+        """Of both, which share their capacity."""
+        return TierUsage(
+            self.files + other.files,
+            self.nbytes + other.nbytes,
+            self.capacity,
+            self.writes + other.writes,
+            self.bytes_written + other.bytes_written,
+            self.source_bytes_read + other.source_bytes_read,
+            self.errors + other.errors,
+            self.directories + other.directories,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
@@ -67,11 +81,20 @@ class _Stored:
         return sum(file.size for file in self.copy.files)
 
 
-class TierFiles:
-    """Copies of parameters, one file per parameter and directory, for as long as this process lives.
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """What is to be written, and the directories (by number) of its files."""
 
-    Files lie in a directory of this process below each of `directories`; those of processes that have died are removed
-    when the next one starts. Names on disk are hashes: no model or parameter name reaches a path.
+    job: CopyJob
+    directories: tuple[int, ...]
+
+
+class TierFiles:
+    """Copies of parameters, one file per parameter and directory.
+
+    Files lie in a directory of this process below each of `directories`, for as long as it lives; those of processes
+    that have died are removed when the next one starts. With `kept`, they lie in one for all, and stay. Names on disk
+    are hashes: no model or parameter name reaches a path.
 
     Stores and removals wait for each other; everything else answers at once. Any thread may call anything.
 
@@ -85,6 +108,7 @@ class TierFiles:
         min_free_bytes: stays free on every filesystem.
         advice: what the user can do when there is no room.
         owner: name of the own directories; None: this process.
+        others: bytes that count towards the capacity as well.
         opener: stand-in for `os.open` of the files that are written (fault injection).
 
     Raises:
@@ -101,6 +125,8 @@ class TierFiles:
         *,
         advice: str = "remove something",
         owner: str | None = None,
+        kept: bool = False,
+        others: Callable[[], int] = int,
         opener: Opener = os.open,
     ) -> None:
         if not directories or stripe_bytes <= 0:
@@ -110,14 +136,18 @@ class TierFiles:
         self._min_free = min_free_bytes
         self._advice = advice
         self._opener = opener
+        self._others = others
         self._stored: dict[str, dict[str, _Stored]] = {}  # model -> parameter -> copy
         self._writes = self._bytes_written = self._source_bytes_read = self._errors = 0
         self._lock = threading.Lock()  # the fields above
         self._storing = threading.Lock()  # the files; taken before `_lock`
         self._closing = threading.Event()
-        self._directories: list[OwnedDirectory] = []
+        self._directories: list[OwnedDirectory | KeptDirectory] = []
         try:
             for path in directories:
+                if kept:
+                    self._directories.append(KeptDirectory(os.path.realpath(path)))
+                    continue
                 for leftover in remove_leftovers(path):
                     logger.info("removed %s, left by a process that has died", leftover)
                 self._directories.append(OwnedDirectory(os.path.realpath(path), owner or owner_name()))
@@ -136,8 +166,12 @@ class TierFiles:
         sources: Sequence[SourceFile],
         parameters: Sequence[Parameter],
         progress: Progress | None = None,
+        schemes: Mapping[str, Scheme] | None = None,
     ) -> dict[str, TierCopy]:
-        """Copy `parameters`, whose extents lie in `sources`, bit for bit: all of them, or none.
+        """Copy `parameters`, whose extents lie in `sources`: all of them, or none.
+
+        Args:
+            schemes: how, by name; what is not named bit for bit.
 
         Raises:
             ResourceNotAvailableError: there is no room; says where, needed, free, and what to do.
@@ -148,39 +182,42 @@ class TierFiles:
             try:
                 if self._closing.is_set():
                     raise TierError("the tier has been closed")
-                placed = self._place(model_id, parameters)
-                self._copy(sources, parameters, placed, progress)
+                placed = self._place(model_id, parameters, schemes or {})
+                stored = self._copy(sources, placed, progress)
             except BaseException:
                 with self._lock:
                     self._errors += 1
                 raise
             with self._lock:
-                self._stored.setdefault(model_id, {}).update(placed)
-            return {name: stored.copy for name, stored in placed.items()}
+                self._stored.setdefault(model_id, {}).update(stored)
+            return {name: one.copy for name, one in stored.items()}
 
-    def _place(self, model_id: str, parameters: Sequence[Parameter]) -> dict[str, _Stored]:
-        """Directories and stripes for `parameters`; nothing is written."""
+    def _place(
+        self, model_id: str, parameters: Sequence[Parameter], schemes: Mapping[str, Scheme]
+    ) -> dict[str, _Placed]:
+        """Directories for `parameters`, with room for what they may need at most; nothing is written."""
         with self._lock:
             held = dict(self._stored.get(model_id, {}))
             usage = self._usage()
-            stored_bytes = sum(nbytes for _, nbytes in usage)
+            stored_bytes = sum(nbytes for _, nbytes in usage) + self._others()
         used = [nbytes for _, nbytes in usage]
         devices = [os.stat(directory.path).st_dev for directory in self._directories]
         room: dict[int, int] = {}  # per filesystem
         for directory, device in zip(self._directories, devices, strict=True):
             room[device] = _free_bytes(directory.path) - self._min_free
-        placed: dict[str, _Stored] = {}
+        placed: dict[str, _Placed] = {}
         for parameter in parameters:
             if parameter.name in held or parameter.name in placed:
                 raise TierError(f"{model_id}: {parameter.name} has a copy already; remove it first")
             if parameter.nbytes and not parameter.extents:
                 raise CheckpointError(f"{parameter.name} has no bytes: the model directory holds no weights")
-            copy, chosen = self._spread(model_id, parameter, used, devices, room)
-            for number, file in zip(chosen, copy.files, strict=True):
-                used[number] += file.size
-                room[devices[number]] -= file.size
-            placed[parameter.name] = _Stored(copy, chosen)
-        needed = sum(stored.nbytes for stored in placed.values())
+            scheme = schemes.get(parameter.name, PLAIN)
+            job, chosen = self._spread(model_id, parameter, scheme, used, devices, room)
+            for number, size in zip(chosen, job.most, strict=True):
+                used[number] += size
+                room[devices[number]] -= size
+            placed[parameter.name] = _Placed(job, chosen)
+        needed = sum(sum(one.job.most) for one in placed.values())
         if self._capacity is not None and stored_bytes + needed > self._capacity:
             raise ResourceNotAvailableError(
                 f"{model_id}: {needed} bytes are to be copied to {self._names()}, "
@@ -189,13 +226,20 @@ class TierFiles:
         return placed
 
     def _spread(
-        self, model_id: str, parameter: Parameter, used: list[int], devices: list[int], room: dict[int, int]
-    ) -> tuple[TierCopy, tuple[int, ...]]:
+        self,
+        model_id: str,
+        parameter: Parameter,
+        scheme: Scheme,
+        used: list[int],
+        devices: list[int],
+        room: dict[int, int],
+    ) -> tuple[CopyJob, tuple[int, ...]]:
         """Spread one parameter over the directories that have room for their part, the least filled first."""
+        most = most_nbytes(parameter, scheme)
         candidates = sorted(range(len(used)), key=lambda number: (used[number], number))
         short = ""
         while candidates:
-            extents = stripe_extents(parameter.nbytes, len(candidates), self._stripe_bytes)
+            extents = stripe_extents(most, len(candidates), self._stripe_bytes)
             sizes = file_sizes(extents)
             chosen = tuple(candidates[: len(sizes)])
             needed: dict[int, int] = {}
@@ -204,9 +248,8 @@ class TierFiles:
             full = [device for device, nbytes in needed.items() if nbytes > room[device]]
             if not full:
                 name = hashlib.sha256(repr((model_id, parameter.name)).encode()).hexdigest()[:40]
-                paths = [os.path.join(self._directories[number].path, name) for number in chosen]
-                files = tuple(SourceFile(path, size) for path, size in zip(paths, sizes, strict=True))
-                return TierCopy(files, extents), chosen
+                paths = tuple(os.path.join(self._directories[number].path, name) for number in chosen)
+                return CopyJob(parameter, scheme, paths, self._stripe_bytes, sizes), chosen
             if not short:
                 where = next(self._directories[n].parent for n in chosen if devices[n] == full[0])
                 short = f"{where}: {needed[full[0]]} bytes are needed, {max(0, room[full[0]])} may be used"
@@ -215,40 +258,43 @@ class TierFiles:
         raise ResourceNotAvailableError(f"no room for {parameter.name} in {short}{kept}; {self._advice}")
 
     def _copy(
-        self,
-        sources: Sequence[SourceFile],
-        parameters: Sequence[Parameter],
-        placed: dict[str, _Stored],
-        progress: Progress | None,
-    ) -> None:
+        self, sources: Sequence[SourceFile], placed: Mapping[str, _Placed], progress: Progress | None
+    ) -> dict[str, _Stored]:
         """Write the files of `placed`; on an error none of them is left."""
-        jobs = [
-            CopyJob(file.path, file.size, parameter.extents, placed[parameter.name].copy.extents, index)
-            for parameter in parameters
-            for index, file in enumerate(placed[parameter.name].copy.files)
-        ]
-        total = sum(job.size for job in jobs)
+        total = sum(sum(one.job.most) for one in placed.values())
         done = 0
         telling = threading.Lock()  # not `_lock`: who is told may ask back
+        copies: dict[str, TierCopy] = {}
 
         def wrote(written: int, read: int) -> None:
-            nonlocal done
             with self._lock:
-                self._writes += 1
+                self._writes += written > 0
                 self._bytes_written += written
                 self._source_bytes_read += read
+            if written:
+                tell(written)
+
+        def finished(job: CopyJob, copy: TierCopy) -> None:
+            copies[job.parameter.name] = copy
+            if saved := sum(job.most) - sum(file.size for file in copy.files):
+                tell(saved)
+
+        def tell(nbytes: int) -> None:
+            nonlocal done
             with telling:
-                done += written
+                done += nbytes
                 if progress is not None:
                     progress(done, total)
 
         with ExitStack() as undo:
-            undo.callback(self._unlink, [job.path for job in jobs])
+            undo.callback(self._unlink, [path for one in placed.values() for path in one.job.paths])
             try:
-                copy_all(jobs, sources, wrote, self._closing.is_set, self._opener)
+                jobs = [one.job for one in placed.values()]
+                copy_all(jobs, sources, wrote, finished, self._closing.is_set, self._opener)
             except OSError as error:
                 raise self._no_room(error, total - done) from error
             undo.pop_all()
+        return {name: _Stored(copies[name], one.directories[: len(copies[name].files)]) for name, one in placed.items()}
 
     def _no_room(self, error: OSError, missing: int) -> ResourceNotAvailableError:
         path = next((d.parent for d in self._directories if str(error.filename).startswith(d.path)), self._names())
@@ -257,6 +303,17 @@ class TierFiles:
             f"{path} is full ({error.strerror}): {missing} bytes were still to be written, {free} are free; "
             f"{self._advice}"
         )
+
+    def register(self, model_id: str, name: str, copy: TierCopy) -> None:
+        """Take a copy that is there for one that this has stored.
+
+        Raises:
+            ValueError: a file is in none of the own directories.
+        """
+        paths = list(self.paths)
+        numbers = tuple(paths.index(os.path.dirname(file.path)) for file in copy.files)
+        with self._lock:
+            self._stored.setdefault(model_id, {})[name] = _Stored(copy, numbers)
 
     def remove(self, model_id: str, names: Sequence[str] | None = None) -> int:
         """Remove the copies of these parameters (None: all of the model), which nobody reads any more.

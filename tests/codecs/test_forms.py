@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raytier.codecs import forms
 from raytier.codecs.forms import FORMS, INT4_GROUPS, form_of, to_float
+from raytier.codecs.native import compiler
 from raytier.errors import ConfigurationError
 
 QUANTISED = [name for name, form in FORMS.items() if form.dtype is None and not form.coded]
@@ -54,6 +56,21 @@ def test_int4_is_better_than_rounding_to_nearest(group: int) -> None:
     nearest = np.rint((groups - low) / step) * step + low
     rounding = float(np.linalg.norm(nearest - groups) / np.linalg.norm(groups))
     assert _relative_error(f"int4-{group}", weights) < 0.95 * rounding
+
+
+@pytest.mark.parametrize("group", INT4_GROUPS)
+def test_the_kernel_fits_as_numpy_does(group: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if compiler() is None:
+        pytest.skip("no C compiler")
+    groups = np.concatenate((_weights(8, 1024).reshape(-1, group), np.zeros((1, group), np.float32)))
+    groups[3, 5] = 2.0
+    forms.use_kernels(str(tmp_path_factory.getbasetemp() / "kernels"))
+    errors = []
+    for fit in (forms._fit_int4, forms._fit_int4_slowly):
+        pairs, numbers = fit(groups)
+        scale, least = to_float(pairs.reshape(-1), "bfloat16").reshape(-1, 2).T
+        errors.append(np.linalg.norm(scale[:, None] * numbers + least[:, None] - groups, axis=1))
+    assert np.allclose(errors[0], errors[1], rtol=0.02, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", QUANTISED)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from raytier.checkpoint.manifest import Extent, Parameter, SourceFile
+from raytier.checkpoint.manifest import Extent, Parameter, SourceFile, Stored
+from raytier.codecs.codec import NONE, Frames, checksum, frame_ranges, frame_step
 from raytier.engine.outputs import OutputDelta
 from raytier.engine.sampling_params import SamplingParams
 from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierError
@@ -46,7 +47,12 @@ def copy_of(parameter: Parameter, manifest_files: tuple[SourceFile, ...], folder
         path = folder / f"{parameter.name}.{number}"
         path.write_bytes(half)
         files.append(SourceFile(str(path), len(half)))
-    return TierCopy(tuple(files), tuple(extents))
+    step = frame_step(len(data), parameter.shape[0])
+    ranges = list(frame_ranges(len(data), step))
+    frames = Frames(
+        len(data), step, tuple(stop - start for start, stop in ranges), tuple(checksum(data[a:b]) for a, b in ranges)
+    )
+    return TierCopy(tuple(files), Stored(None, NONE, frames, tuple(extents)))
 
 
 class Mover:
@@ -72,8 +78,9 @@ class Mover:
             copies = {p.name: copy_of(p, files, self.folder) for p in new}
         came_from = self.local.runner.move(names, destination, views, copies)
         for name in came_from:
-            for file in self.copies.pop(name, TierCopy((), ())).files:
-                os.unlink(file.path)
+            if (old := self.copies.pop(name, None)) is not None:
+                for file in old.files:
+                    os.unlink(file.path)
             if destination is Tier.RAMDISK:
                 self.copies[name] = copies[name]
         return came_from

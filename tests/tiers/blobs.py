@@ -87,4 +87,4 @@ def read_copy(copy: TierCopy) -> bytes:
     """The bytes of a copy, read plainly; every file must have the size that it says."""
     contents = [Path(file.path).read_bytes() for file in copy.files]
     assert [len(content) for content in contents] == [file.size for file in copy.files]
-    return b"".join(contents[e.file][e.offset : e.offset + e.nbytes] for e in copy.extents)
+    return b"".join(contents[e.file][e.offset : e.offset + e.nbytes] for e in copy.stored.extents)

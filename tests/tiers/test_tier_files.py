@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raytier.checkpoint.manifest import Parameter
+from raytier.codecs import codec, scheme
 from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvailableError, TierError
 from raytier.tiers import copying
 from raytier.tiers.aligned import AlignedBuffer, align_up
@@ -40,6 +41,8 @@ def directories(tmp_path: Path) -> list[str]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several requests per file without files of many megabytes."""
     monkeypatch.setattr(copying, "CHUNK_BYTES", 3 * 4096)
+    monkeypatch.setattr(scheme, "_AT_ONCE", 3 * 4096)
+    monkeypatch.setattr(codec, "FRAME_BYTES", 3 * 4096)
 
 
 def files_below(*directories: str) -> list[str]:
@@ -59,7 +62,7 @@ def test_large_ones_are_striped_and_small_ones_are_spread(blob: Blob, directorie
     with TierFiles(directories, 65536) as files:
         copies = files.store("m", blob.files, [large, *small])
         assert [len(copies[p.name].files) for p in [large, *small]] == [3, 1, 1, 1]
-        assert [e.nbytes for e in copies["large"].extents] == [65536, 65536, 65536, 200_000 - 3 * 65536]
+        assert [e.nbytes for e in copies["large"].stored.extents] == [65536, 65536, 65536, 200_000 - 3 * 65536]
         # The first directory has the fourth stripe, so the others come first.
         homes = [os.path.dirname(os.path.dirname(copies[p.name].files[0].path)) for p in small]
         assert homes == [directories[1], directories[2], directories[0]]
@@ -109,8 +112,8 @@ def test_any_parameter_comes_back_bit_for_bit(
             whole = parameter.nbytes <= align_up(stripe)
             assert len(copy.files) == (1 if whole else min(count, -(-parameter.nbytes // align_up(stripe))))
             assert all(file.size % 4096 == 0 for file in copy.files)
-            assert all(extent.offset % 4096 == 0 for extent in copy.extents)
-            assert all(extent.nbytes % 4096 == 0 for extent in copy.extents[:-1])
+            assert all(extent.offset % 4096 == 0 for extent in copy.stored.extents)
+            assert all(extent.nbytes % 4096 == 0 for extent in copy.stored.extents[:-1])
         files.check_integrity()
 
 
@@ -121,7 +124,7 @@ def test_as_a_reader_takes_it(blob: Blob, directories: list[str]) -> None:
         copy = files.store("m", blob.files, [parameter])["p"]
         opened = [DirectFile(file.path, file.size) for file in copy.files]
         position = 0
-        for extent in copy.extents:
+        for extent in copy.stored.extents:
             nbytes = align_up(extent.nbytes)
             opened[extent.file].read_into(buffer.view[position:], extent.offset, nbytes)
             position += nbytes

@@ -1,0 +1,58 @@
+"""In which form each tier holds a parameter, and with which codec its files have it (spec B1, B3). Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
+from raytier.codecs.codec import NONE, Codec
+from raytier.codecs.forms import Form, form_of
+from raytier.codecs.scheme import Scheme
+from raytier.config import AppConfig
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
+from raytier.planner.rules import matches
+
+
+def tier_schemes(manifest: ModelManifest, config: AppConfig) -> TierSchemes:
+    """What the configuration makes of every parameter.
+
+    Parameters of one dimension stay as they are, and so does an input embedding, whose rows are read one by one; where
+    it is tied to the output head, its rows come from the checkpoint.
+    """
+    return TierSchemes({tier: dict(_schemes(manifest, config, tier)) for tier in Tier})
+
+
+def _schemes(manifest: ModelManifest, config: AppConfig, tier: Tier) -> Iterator[tuple[str, Scheme]]:
+    codec = _codec(config, tier)
+    for parameter in manifest.parameters:
+        by_rows = parameter.name == manifest.embedding and not manifest.tied
+        if len(parameter.shape) < 2 or parameter.role is Role.OTHER or by_rows:
+            continue
+        scheme = Scheme(_form(parameter, config, tier), codec)
+        if not scheme.plain:
+            yield parameter.name, scheme
+
+
+def _codec(config: AppConfig, tier: Tier) -> Codec:
+    compression = config.compression
+    if tier not in FILE_TIERS or not compression.enabled:
+        return NONE
+    name = (compression.nvme if tier is Tier.NVME else compression.ramdisk) or compression.default
+    if name == "auto":
+        return NONE
+    return Codec(name, compression.level)
+
+
+def _form(parameter: Parameter, config: AppConfig, tier: Tier) -> Form | None:
+    """The form that is asked for; None: as in the checkpoint, also where the parameter cannot have another."""
+    precision = config.precision
+    if not precision.enabled:
+        return None
+    wish = getattr(precision, tier.value) or precision.default
+    if wish == "auto":
+        rules = (rule.precision for rule in precision.adaptive_rules if matches(rule.pattern, parameter))
+        wish = next(rules, precision.default_auto_precision)
+    if wish == "source":
+        return None
+    form = form_of(f"int4-{precision.int4_group}" if wish == "int4" else wish)
+    return form if form.fits(parameter.shape) and form.dtype != parameter.dtype else None
