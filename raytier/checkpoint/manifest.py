@@ -251,8 +251,16 @@ class ModelManifest:
         layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
         return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
 
+    @cached_property
+    def _by_layer(self) -> tuple[tuple[Parameter, ...], ...]:
+        found: list[list[Parameter]] = [[] for _ in range(self.num_layers)]
+        for p in self.parameters:
+            if p.layer is not None:
+                found[p.layer].append(p)
+        return tuple(map(tuple, found))
+
     def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
-        return tuple(p for p in self.parameters if p.layer == layer)
+        return self._by_layer[layer]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierE
 from raytier.execution import linears
 from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor
 from raytier.execution.bus import Bus
+from raytier.execution.expert_stream import RoutedExperts
 from raytier.execution.gate import SweepGate
 from raytier.execution.layout import row_bytes
 from raytier.execution.loading import ResidentLoader, begin_read
@@ -75,6 +76,7 @@ class Weights:
         self._resident: dict[str, Tensor] = {}  # of the device tier, as they are bound
         self._host: dict[str, Tensor] = {}
         self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
+        self._experts = RoutedExperts(sources.manifest, self._bindings, self._streamed.experts, self._host, self._bus)
         self._rows: RowFetcher | None = None
         self._closed = False
         self._rows_streamed = self._rows_ramdisk = self.bytes_loaded = 0
@@ -174,8 +176,9 @@ class Weights:
 
     def _attach(self, model: nn.Module, layers: nn.ModuleList) -> None:
         for number, layer in enumerate(layers):
-            names = [p.name for p in self.manifest.layer_parameters(number)]
+            names = [p.name for p in self.manifest.layer_parameters(number) if p.expert is None]
             self._attach_layer(layer, number, names)
+        self._bindings.feed_experts(self._experts.arriving)
         attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
         self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD))
 
@@ -326,7 +329,7 @@ class Weights:
             where = {name: copies.get(name) if destination in FILE_TIERS else None for name in came_from}
             manifest = self._sources.relocated(where, destination)
             plan = SweepPlan.of(manifest, tier_of, self._share)
-            self._check_room(tier_of, plan.ring_bytes)
+            self._check_room(tier_of, plan.nbytes)
         except BaseException:
             self._sources.adopt(self.manifest)
             raise
@@ -379,7 +382,8 @@ class Weights:
 
     @property
     def ring_bytes(self) -> int:
-        return self._streamed.ring_bytes
+        """Bytes of the ring, and beside it of the slots of experts."""
+        return self._streamed.nbytes
 
     @property
     def bytes_streamed(self) -> int:
@@ -391,6 +395,10 @@ class Weights:
         """Of these, what came from the ramdisk."""
         return self._rows_ramdisk + self._streamed.bytes_ramdisk
 
+    def used(self, parameter: Parameter) -> tuple[int, float] | None:
+        """How often a parameter of a routed expert was chosen, and when last (Unix time); None for all others."""
+        return self._bindings.expert_use(parameter.expert) if parameter.expert is not None else None
+
     @property
     def io_wait_s(self) -> float:
         """Seconds that the computing thread has waited for the ring so far."""
@@ -399,6 +407,7 @@ class Weights:
     def abandon_sweep(self) -> None:
         """After a step that failed half-way: drop what the ring holds; the next step starts a new sweep."""
         self._bindings.unbind(name for name, tier in self._tier_of.items() if tier in FILE_TIERS)
+        self._experts.unbind()
         self._streamed.cancel()
 
     def close(self) -> None:
