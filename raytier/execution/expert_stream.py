@@ -51,7 +51,7 @@ class ExpertPlan:
         planned_bytes: int,
         streamed_tiers: Collection[Tier] = FILE_TIERS,
     ) -> ExpertPlan:
-        """For a placement. At least the experts of one token fit, whatever was planned."""
+        """For a placement. Where nothing was planned for them, the experts of one token fit."""
         parts = {
             key: streamed
             for key, parameters in parameters_of_experts(manifest).items()
@@ -69,7 +69,7 @@ class ExpertPlan:
         ramdisk = {
             key: sum(p.nbytes for p in streamed if tier_of[p.name] is Tier.RAMDISK) for key, streamed in parts.items()
         }
-        return cls(units, ramdisk, min(len(units), max(least, planned_bytes // slot_bytes)), slot_bytes)
+        return cls(units, ramdisk, min(len(units), planned_bytes // slot_bytes or least), slot_bytes)
 
     @property
     def nbytes(self) -> int:

@@ -108,6 +108,7 @@ def plan_weights(
                 budget_bytes=case.capacity.device,
                 resident_bytes=sizes[Tier.DEVICE],
                 ring_bytes=solution.ring.nbytes,
+                expert_bytes=solution.ring.expert_bytes,
                 window=solution.ring.window,
                 head_chunk_rows=solution.ring.head_chunk_rows,
                 block_size=case.demand.block_size,
@@ -247,7 +248,7 @@ def _rule_rooms(case: Case) -> tuple[int, ...]:
     room = case.capacity.device - case.resident_bytes - case.activation_bytes - case.expected_kv_bytes
     layer = [0] * manifest.num_layers
     for p in manifest.parameters:
-        if p.layer is not None and p.name not in case.resident:
+        if p.layer is not None and p.expert is None and p.name not in case.resident:
             layer[p.layer] += _nbytes(case, p, Tier.DEVICE)
     return max(0, room), max(0, room - 2 * max(layer, default=0)), 0
 

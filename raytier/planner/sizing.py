@@ -120,16 +120,23 @@ def kv_demand(manifest: ModelManifest, config: AppConfig) -> KVDemand:
 class Ring:
     """Ring of streamed bytes: `units` of the largest streamed `unit_bytes`; one of them is being computed on.
 
-    `head_chunk_rows` is 0 when the head is resident.
+    `head_chunk_rows` is 0 when the head is resident. Beside it, `slots` of `slot_bytes` for routed experts that are
+    fetched when they have been chosen.
     """
 
     units: int = 0
     unit_bytes: int = 0
     head_chunk_rows: int = 0
+    slots: int = 0
+    slot_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.units * self.unit_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.slots * self.slot_bytes
 
     @property
     def window(self) -> int:
