@@ -252,6 +252,12 @@ class ModelManifest:
         return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
 
     @cached_property
+    def widest(self) -> int:
+        """The largest dimension of a matrix in a layer."""
+        shapes = {p.shape for p in self.parameters if p.role is Role.LAYER and len(p.shape) > 1}
+        return max((max(shape[-2:]) for shape in shapes), default=0)
+
+    @cached_property
     def _by_layer(self) -> tuple[tuple[Parameter, ...], ...]:
         found: list[list[Parameter]] = [[] for _ in range(self.num_layers)]
         for p in self.parameters:

@@ -159,12 +159,16 @@ class _Part:
 
 
 class SweepModel:
-    """Describes sweeps of one model under many placements: what a placement does not change is found out once."""
+    """Describes sweeps of one model under many placements: what a placement does not change is found out once.
+
+    Attributes:
+        packed: resident linear layers are kept in the layout of the CPU's kernels.
+    """
 
     def __init__(self, manifest: ModelManifest, kind: DeviceKind, packed: bool, schemes: TierSchemes) -> None:
         self._manifest = manifest
         self._kind = kind
-        self._packed = packed
+        self.packed = packed
         self._schemes = schemes
         layers = range(manifest.num_layers)
         self._kv = [sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)) for layer in layers]
@@ -192,7 +196,7 @@ class SweepModel:
         on_device, streamed = tier is Tier.DEVICE, tier in FILE_TIERS
         schemes = self._schemes
         nbytes = resident_nbytes(p, self._manifest, schemes) if on_device else schemes.held_nbytes(p, tier)
-        fast = self._packed and packable(p, self._manifest, tier)
+        fast = self.packed and packable(p, self._manifest, tier)
         matrix = len(p.shape) > 1
         return _Part(
             disk=schemes.file_nbytes(p, tier) if tier is Tier.NVME else 0,
@@ -208,7 +212,7 @@ class SweepModel:
 
     def describe(self, tier_of: Mapping[str, Tier], ring: Ring) -> Sweep:
         """What one sweep reads and computes under a placement."""
-        manifest, kind, packed, schemes = self._manifest, self._kind, self._packed, self._schemes
+        manifest, kind, packed, schemes = self._manifest, self._kind, self.packed, self._schemes
         units = []
         for layer, dense in enumerate(self._dense):
             parts = [found[tier_of[name]] for name, found in dense]

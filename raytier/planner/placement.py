@@ -14,7 +14,7 @@ from raytier.hardware.rates import Rates
 from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_warnings
 from raytier.planner.budgets import DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
-from raytier.planner.cost import BATCHES, predict_first_token, predict_step
+from raytier.planner.cost import BATCHES, SweepModel, predict_first_token, predict_step
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
 from raytier.planner.schemes import tier_schemes
@@ -67,6 +67,8 @@ def plan_weights(
     kind = resolve_kind(inventory, config) if kind is None else kind
     chosen = config.scheduler.max_num_batched_tokens
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
+    schemes = tier_schemes(manifest, config)
+    packed = kind == "cpu" and rates.packed_pays
     case = Case(
         manifest=manifest,
         inventory=inventory,
@@ -79,7 +81,8 @@ def plan_weights(
         mixed_tokens=first,
         activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
-        schemes=tier_schemes(manifest, config),
+        schemes=schemes,
+        sweeps=SweepModel(manifest, kind, packed, schemes),
     )
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
@@ -117,7 +120,7 @@ def plan_weights(
                 activation_bytes=case.activation_bytes,
                 max_num_batched_tokens=case.step_tokens,
                 max_mixed_tokens=case.mixed_tokens,
-                packed=case.packed,
+                packed=packed,
             ),
         ),
         host_bytes=sizes[Tier.HOST],
@@ -190,7 +193,7 @@ def _solver(case: Case, device_room: int) -> tuple[RuleResult, Solver]:
     room = {tier: case.capacity.room(tier) for tier in Tier} | {Tier.DEVICE: device_room}
     rules = apply_rules(case.manifest, case.config.placement.rules, room, case.resident, partial(_nbytes, case))
     fixed = dict.fromkeys(case.resident, Tier.DEVICE) | rules.tiers
-    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes)
+    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes, case.sweeps)
 
 
 def _fit_rules(case: Case) -> _Fitted | None:

@@ -60,11 +60,8 @@ def token_bytes(manifest: ModelManifest) -> int:
     values (at most 3 x the widest key/value width or hidden), gate, up and their product (3 x the widest matrix of a
     layer).
     """
-    width = max(
-        (max(p.shape[-2:]) for p in manifest.parameters if p.role is Role.LAYER and len(p.shape) > 1), default=0
-    )
     qkv = max(max(k.num_kv_heads * max(k.key_dim, k.value_dim), manifest.hidden_size) for k in manifest.kv_layers)
-    return (4 * manifest.hidden_size + 3 * qkv + 3 * width) * DTYPE_BYTES[manifest.compute_dtype]
+    return (4 * manifest.hidden_size + 3 * qkv + 3 * manifest.widest) * DTYPE_BYTES[manifest.compute_dtype]
 
 
 def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:

@@ -126,6 +126,7 @@ class Solver:
             the embedding and the head are the solver's to place.
         activation_bytes: device bytes beside weights, ring and KV.
         schemes: what each tier makes of a parameter.
+        sweeps: of the same model and device.
     """
 
     def __init__(
@@ -136,15 +137,14 @@ class Solver:
         fixed: Mapping[str, Tier],
         activation_bytes: int,
         schemes: TierSchemes,
+        sweeps: SweepModel,
     ) -> None:
         self._manifest = manifest
         self._schemes = schemes
-        self._kind = kind
         self._rates = rates
         self._fixed = dict(fixed)
-        self._packed = kind == "cpu" and rates.packed_pays
         self._streaming = LOWER if kind == "cuda" else LOWER[1:]
-        self._sweeps = SweepModel(manifest, kind, self._packed, schemes)
+        self._sweeps = sweeps
         self._base = dict.fromkeys(Tier, 0) | {Tier.DEVICE: activation_bytes}
         self._whole: list[Parameter] = []
         #: Bytes of every parameter on every tier.
@@ -188,6 +188,8 @@ class Solver:
         parts = (streamed.get(key, []) + free.get(key, []) for key in streamed.keys() | free.keys())
         self._slot_bytes = max((self._item(expert).ring_bytes for expert in parts), default=0)
         self._all = tuple([list(range(len(layer))) for layer in share.free] for share in self._shares)
+        self._stored = [(p.name, p.nbytes) for p in manifest.parameters]
+        self._on_device = dict.fromkeys(self._nbytes[Tier.DEVICE], Tier.DEVICE) | self._fixed
         self._free_bytes = self._sum(Tier.DEVICE, self._all)
 
     def _item(self, parameters: Sequence[Parameter]) -> _Item:
@@ -265,12 +267,16 @@ class Solver:
                 return None
             target = leaving_bytes + used - capacity.device
 
-        tiers = self._fixed | dict(whole)
-        for tier, chosen in ((Tier.DEVICE, self._all), *below.items()):  # from above: the lowest one reached remains
-            for share, picks in zip(self._shares, chosen, strict=True):
-                for items, picked in zip(share.free, picks, strict=True):
-                    for i in picked:
-                        tiers.update(dict.fromkeys(items[i].names, tier))
+        tiers = self._on_device | dict(whole)
+        for number, tier in enumerate(LOWER):
+            further = below.get(LOWER[number + 1]) if number + 1 < len(LOWER) else None
+            for s, share in enumerate(self._shares):
+                for layer, items in enumerate(share.free):
+                    passing = set(further[s][layer]) if further is not None else ()
+                    for i in below[tier][s][layer]:
+                        if i not in passing:
+                            for name in items[i].names:
+                                tiers[name] = tier
         moved = leaving_bytes > 0 or any(tier is not Tier.DEVICE for tier in whole.values())
         return Solution(tiers, ring, used - kv_bytes, moved, depth)
 
@@ -341,7 +347,7 @@ class Solver:
         streamed = sum(unit.ring_bytes for unit in units) + sum(
             round(e.share(1) * max(e.disk_bytes + e.ramdisk_bytes, e.bus_bytes)) for unit in units for e in unit.experts
         )
-        off = sum(p.nbytes for p in self._manifest.parameters if solution.tiers[p.name] is not Tier.DEVICE)
+        off = sum(nbytes for name, nbytes in self._stored if solution.tiers[name] is not Tier.DEVICE)
         return streamed, off
 
 
