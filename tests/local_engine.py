@@ -106,9 +106,10 @@ def local_engine(
         plan = replace(plan, devices=(share,))
     nvme = config.tiers.nvme
     on_host = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.HOST]
-    ranges = RangeAllocator(sum(align_up(p.nbytes) for p in on_host))
+    held = {p.name: plan.schemes.held_nbytes(p, Tier.HOST) for p in on_host}
+    ranges = RangeAllocator(sum(map(align_up, held.values())))
     arena = Arena.create("raytier-test", ranges.capacity) if ranges.capacity else None
-    places = {p.name: ranges.allocate(p.name, p.nbytes) for p in on_host}
+    places = {p.name: ranges.allocate(p.name, held[p.name]) for p in on_host}
     copies: dict[str, TierCopy] = {}
     if store is not None:
         schemes = plan.schemes.by_tier[Tier.NVME]
@@ -119,7 +120,7 @@ def local_engine(
         manifest,
         plan,
         device=device,
-        host_views={p.name: arena.view[places[p.name] : places[p.name] + p.nbytes] for p in on_host if arena},
+        host_views={p.name: arena.view[places[p.name] : places[p.name] + held[p.name]] for p in on_host if arena},
         copies=copies,
         io_threads=nvme.io_threads,
         io_bytes=int(nvme.io_mb * 2**20),

@@ -286,7 +286,7 @@ def _places(
     actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig, schemes: TierSchemes
 ) -> dict[Tier, Place]:
     """Tiers outside of the device in which room has to be obtained."""
-    places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest)}
+    places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest, schemes)}
     if actors.ramdisk is not None:
         ramdisk = schemes.by_tier.get(Tier.RAMDISK, {})
         places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest, ramdisk)

@@ -32,6 +32,7 @@ from raytier.checkpoint.architecture import (
 from raytier.checkpoint.assembly import NotExpressible, StoredTensor
 from raytier.checkpoint.defaults import read_generation_defaults, read_metadata
 from raytier.checkpoint.manifest import (
+    ExpertBank,
     ExpertPart,
     Extent,
     ModelDescription,
@@ -111,6 +112,7 @@ def _manifest(
         {embedding: Role.EMBEDDING} if embedding == head else {embedding: Role.EMBEDDING, head: Role.HEAD},
         {bank.name for bank in probed.experts},
         {embedding: "looked at beside the lookup of rows"} if probed.embedding_read else {},
+        _linear_weights(model, embedding) | _linear_experts(model, probed.experts),
     )
     return ModelManifest(
         model_dir=root,
@@ -151,6 +153,7 @@ class _Maker:
     roles: Mapping[str, Role]
     banks: Collection[str]
     resident: Mapping[str, str]
+    matrices: Collection[str]
 
     def parameters(self, bound: _Bound) -> list[Parameter]:
         try:
@@ -203,7 +206,24 @@ class _Maker:
             own_dtype=own,
             expert=expert,
             resident=resident,
+            matrix=all(name in self.matrices for name in (bound.name, *bound.aliases)),
         )
+
+
+def _linear_weights(model: PreTrainedModel, embedding: str) -> set[str]:
+    """Names of the weights of linear layers (of subclasses none: they may compute something else), and `embedding`."""
+    return {embedding} | {f"{path}.weight" for path, m in model.named_modules() if type(m) is torch.nn.Linear}
+
+
+def _linear_experts(model: PreTrainedModel, banks: Sequence[ExpertBank]) -> set[str]:
+    """Names of the fused weights of routed experts that are `[expert, outputs, inputs]`."""
+    modules = ((bank.name, model.get_submodule(bank.name)) for bank in banks)
+    return {
+        f"{path}.{leaf}"
+        for path, m in modules
+        if not m.is_transposed
+        for leaf in ("gate_up_proj", "up_proj", "down_proj")
+    }
 
 
 def _tied_groups(model: PreTrainedModel) -> list[list[str]]:

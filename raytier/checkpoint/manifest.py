@@ -51,32 +51,6 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertPart:
-    """Which part of a mixture's fused weights a parameter is: rows of `<bank>.<weight>[expert]`.
-
-    Attributes:
-        bank: name of the module that computes the experts (an `ExpertBank`).
-        weight: its parameter, of all experts.
-        part: number of this part among those of the expert, which follow each other along the first dimension.
-    """
-
-    bank: str
-    weight: str
-    expert: int
-    part: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertBank:
-    """The routed experts of a decoder layer: each token goes through `per_token` of `num_experts`."""
-
-    name: str
-    layer: int
-    num_experts: int
-    per_token: int
-
-
-@dataclass(frozen=True, slots=True)
 class Stored:
     """How a parameter's bytes lie in files of a tier.
 
@@ -104,6 +78,32 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """Which part of a mixture's fused weights a parameter is: rows of `<bank>.<weight>[expert]`.
+
+    Attributes:
+        bank: name of the module that computes the experts (an `ExpertBank`).
+        weight: its parameter, of all experts.
+        part: number of this part among those of the expert, which follow each other along the first dimension.
+    """
+
+    bank: str
+    weight: str
+    expert: int
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBank:
+    """The routed experts of a decoder layer: each token goes through `per_token` of `num_experts`."""
+
+    name: str
+    layer: int
+    num_experts: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of the built model, a buffer that its checkpoint stores, or the part of one expert of a mixture.
 
@@ -116,6 +116,8 @@ class Parameter:
         dtype: stored dtype, a key of `DTYPE_BYTES`.
         layer: decoder layer index for `Role.LAYER`, else None.
         aliases: further names bound to the same storage (tied weights).
+        matrix: whether it is computed with as the weight `[outputs, inputs]` of linear layers only (and its rows looked
+            up, where it is the input embedding as well): such a weight can be in a form that is not plain.
         own_dtype: dtype that it is computed in, where that is not the model's.
         expert: what it is a part of, for routed experts.
         resident: why it can only be on the device, where its role and shape do not say so.
@@ -132,6 +134,7 @@ class Parameter:
     own_dtype: str | None = None
     expert: ExpertPart | None = None
     resident: str | None = None
+    matrix: bool = False
 
     def __post_init__(self) -> None:
         if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:

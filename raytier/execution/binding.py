@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from raytier.checkpoint.manifest import ExpertPart, ModelManifest, Parameter
-from raytier.errors import ResourceNotAvailableError
+from raytier.codecs.forms import Form
 from raytier.execution import fusion, linears
 from raytier.execution.experts import bank_of
+from raytier.execution.formed import FormedWeight, Weight
 from raytier.execution.layout import StreamUnit
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -25,6 +26,21 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def as_weight(view: memoryview, parameter: Parameter, rows: range, form: Form | None, computed: str) -> Weight:
+    """Rows of `parameter` whose bytes in `form` (None: as in the checkpoint) are `view`.
+
+    Without a copy, but where they are plain in another dtype than `computed`.
+    """
+    if form is None:
+        return as_tensor(view, parameter, rows.start, rows.stop)
+    shape = (len(rows), *parameter.shape[1:])
+    if form.dtype is not None:
+        plain = torch.frombuffer(view, dtype=TORCH_DTYPES[form.dtype]).view(shape)
+        return plain.to(TORCH_DTYPES[computed])
+    outputs, inputs = shape
+    return FormedWeight(form, torch.frombuffer(view, dtype=torch.uint8), (outputs, inputs), TORCH_DTYPES[computed])
+
+
 def as_tensor(view: memoryview, parameter: Parameter, row_start: int = 0, row_stop: int | None = None) -> Tensor:
     """Rows of `parameter` (all of them by default) whose packed bytes are `view`, without a copy."""
     flat = torch.frombuffer(view, dtype=TORCH_DTYPES[parameter.dtype])
@@ -34,16 +50,15 @@ def as_tensor(view: memoryview, parameter: Parameter, row_start: int = 0, row_st
     return flat.view(rows, *parameter.shape[1:])
 
 
-def members(unit: StreamUnit, view: memoryview, manifest: ModelManifest) -> dict[str, Tensor]:
+def members(unit: StreamUnit, view: memoryview, manifest: ModelManifest) -> dict[str, Weight]:
     """The parameters of a unit whose bytes are `view`, by name."""
+    weights: dict[str, Weight] = {}
     for m in unit.members:
-        stored = manifest.by_name[m.name].stored
-        if stored is not None and stored.form is not None:
-            raise ResourceNotAvailableError(f"{m.name} is stored as {stored.form.name}, which is not computed on yet")
-    return {
-        m.name: as_tensor(view[m.offset : m.offset + m.nbytes], manifest.by_name[m.name], m.row_start, m.row_stop)
-        for m in unit.members
-    }
+        parameter = manifest.by_name[m.name]
+        form = parameter.stored.form if parameter.stored is not None else None
+        part, rows = view[m.offset : m.offset + m.nbytes], range(m.row_start, m.row_stop)
+        weights[m.name] = as_weight(part, parameter, rows, form, manifest.computed_dtype(parameter))
+    return weights
 
 
 class Bindings:
@@ -70,12 +85,15 @@ class Bindings:
         }
         fusion.adopt(model)
 
-    def bind(self, name: str, tensor: Tensor) -> None:
-        """Compute with `tensor` from now on."""
+    def bind(self, name: str, weight: Weight) -> None:
+        """Compute with `weight` from now on."""
         if (part := self._experts.get(name)) is not None:
-            self._banks[part.bank].bind(part, tensor)
+            self._banks[part.bank].bind(part, weight)
             return
+        formed, tensor = (weight, self._placeholders[name]) if isinstance(weight, FormedWeight) else (None, weight)
         for module, leaf in self._sites[name]:
+            if isinstance(module, linears.Linear) and leaf == "weight":
+                module.formed = formed
             # A plain tensor among the parameters: no autograd here.
             held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
             held[leaf] = tensor

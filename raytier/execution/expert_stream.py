@@ -12,11 +12,10 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from raytier.checkpoint.manifest import ModelManifest, Parameter
 from raytier.execution.binding import Bindings, members
 from raytier.execution.bus import Bus
+from raytier.execution.formed import Weight, plain
 from raytier.execution.layout import StreamUnit, assemble, build_unit, whole
 from raytier.execution.reader import ReaderPool, ReadTicket, Urgency
 from raytier.execution.stream import StreamStats
@@ -92,7 +91,7 @@ class _Slot:
     view: memoryview
     key: Key | None = None
     ticket: ReadTicket | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
     pinned: bool = False
 
 
@@ -141,7 +140,7 @@ class ExpertStream:
             if before.units[key] != plan.units.get(key):
                 self._empty(slot)
 
-    def fetch(self, bank: str, experts: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def fetch(self, bank: str, experts: Sequence[int]) -> Iterator[tuple[int, dict[str, Weight]]]:
         """Each of `experts` with its streamed parameters by name, views that are valid until the next one is asked for.
 
         Raises:
@@ -158,7 +157,7 @@ class ExpertStream:
                 yield expert, {}
                 continue
             self._arrive(slot)
-            yield expert, slot.tensors
+            yield expert, slot.weights
             slot.pinned = False
             del held[bank, expert]
 
@@ -218,12 +217,12 @@ class ExpertStream:
         self._stats.bytes_consumed += unit.wanted_bytes
         self._stats.bytes_read += slot.ticket.bytes_read
         self.bytes_ramdisk += self._plan.ramdisk_bytes[slot.key]
-        slot.tensors, slot.ticket = members(unit, slot.view, self._manifest), None
+        slot.weights, slot.ticket = members(unit, slot.view, self._manifest), None
 
     def _empty(self, slot: _Slot) -> None:
         if slot.key is not None:
             del self._slot_of[slot.key]
-        slot.key, slot.ticket, slot.tensors = None, None, {}
+        slot.key, slot.ticket, slot.weights = None, None, {}
 
     def _resize(self) -> None:
         if self._buffer is not None and self._bus is not None:
@@ -249,7 +248,7 @@ class RoutedExperts:
         manifest: ModelManifest,
         bindings: Bindings,
         stream: ExpertStream,
-        host: Mapping[str, Tensor],
+        host: Mapping[str, Weight],
         bus: Bus | None,
     ) -> None:
         self._names = {key: [p.name for p in found] for key, found in parameters_of_experts(manifest).items()}
@@ -261,12 +260,12 @@ class RoutedExperts:
 
     def arriving(self, bank: str, experts: Sequence[int]) -> Iterator[int]:
         """Each of `experts`, bound until the next one is asked for; see `ExpertStream.fetch`."""
-        for expert, tensors in self._stream.fetch(bank, experts):
+        for expert, weights in self._stream.fetch(bank, experts):
             if self._bus is not None:
-                tensors = tensors | {n: self._host[n] for n in self._names[bank, expert] if n in self._host}
-                tensors = self._bus.upload(tensors) if tensors else tensors
-            for name, tensor in tensors.items():
-                self._bindings.bind(name, tensor)
+                there = weights | {n: self._host[n] for n in self._names[bank, expert] if n in self._host}
+                weights = {**self._bus.upload({name: plain(weight) for name, weight in there.items()})} if there else {}
+            for name, weight in weights.items():
+                self._bindings.bind(name, weight)
                 self._bound.append(name)
             yield expert
             self.unbind()

@@ -18,6 +18,7 @@ from transformers.integrations.moe import ExpertsInterface
 from raytier.checkpoint.architecture import EXPERTS_NAME
 from raytier.checkpoint.manifest import ExpertPart
 from raytier.execution import linears
+from raytier.execution.formed import Weight
 
 _ATTRIBUTE = "_raytier_bank"
 
@@ -31,7 +32,7 @@ class ExpertBank:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, int], list[Tensor | None]] = {}
+        self._parts: dict[tuple[str, int], list[Weight | None]] = {}
         self._uses: dict[int, tuple[int, float]] = {}
         self.arriving: Callable[[Sequence[int]], Iterator[int]] = iter
 
@@ -51,11 +52,11 @@ class ExpertBank:
         parts = self._parts.setdefault((part.weight, part.expert), [])
         parts.extend([None] * (part.part + 1 - len(parts)))
 
-    def bind(self, part: ExpertPart, tensor: Tensor | None) -> None:
-        """Compute with `tensor` from now on; None: it is not there."""
-        self._parts[part.weight, part.expert][part.part] = tensor
+    def bind(self, part: ExpertPart, weight: Weight | None) -> None:
+        """Compute with `weight` from now on; None: it is not there."""
+        self._parts[part.weight, part.expert][part.part] = weight
 
-    def parts(self, weight: str, expert: int) -> list[Tensor]:
+    def parts(self, weight: str, expert: int) -> list[Weight]:
         """The parts of a weight, all of which must be there."""
         parts = self._parts[weight, expert]
         missing = [number for number, part in enumerate(parts) if part is None]
@@ -108,11 +109,12 @@ def _expert(module: Any, bank: ExpertBank, expert: int, hidden: Tensor) -> Tenso
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
-def _project(hidden: Tensor, parts: Sequence[Tensor], bias: Tensor | None, *, transposed: bool) -> Tensor:
+def _project(hidden: Tensor, parts: Sequence[Weight], bias: Tensor | None, *, transposed: bool) -> Tensor:
     """`hidden` through a weight in parts: rows of it are outputs, or inputs where it is transposed."""
     if transposed:
         first, results = 0, []
         for part in parts:
+            assert isinstance(part, Tensor)  # only weights of linear layers have other forms
             results.append(hidden[..., first : first + part.shape[0]] @ part)
             first += part.shape[0]
         out = results[0] if len(results) == 1 else torch.stack(results).sum(0)

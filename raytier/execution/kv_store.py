@@ -97,10 +97,10 @@ class KVStore:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.dtype = dtype
-        self.windows = [s.sliding_window or 0 for s in layers]
         windows = kv_windows(layers)
         self.group_of = tuple(windows.index(layer.sliding_window) for layer in layers)
         self.num_groups = len(windows)
+        self.windows = [s.sliding_window or 0 for s in layers]
         slots = num_blocks * block_size
         self.keys = [torch.empty(s.num_kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in layers]
         self.values = [torch.empty(s.num_kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in layers]

@@ -21,7 +21,6 @@ from raytier.execution.sources import Sources
 from raytier.execution.threads import compute_with, num_threads
 from raytier.execution.weights import Weights
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
-from raytier.planner.sizing import resident_nbytes
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
@@ -101,6 +100,7 @@ class ModelRunner:
                 decoder_layers(runner._model),
                 sources,
                 plan.tier_of,
+                plan.schemes,
                 plan.devices[0],
                 target,
                 host_views or {},
@@ -186,10 +186,12 @@ class ModelRunner:
                 layer=p.layer,
                 tier=weights.tier_of[p.name],
                 nbytes=p.nbytes,
-                current_nbytes=(resident_nbytes(p, manifest) if weights.tier_of[p.name] is Tier.DEVICE else p.nbytes),
+                current_nbytes=weights.held_nbytes(p.name),
                 fixed=weights.fixed(p.name),
                 access_count=uses[p.name][0],
                 last_access=uses[p.name][1],
+                precision=(form.name if (form := weights.scheme_of(p.name).form) is not None else "source"),
+                codec=weights.scheme_of(p.name).codec.name,
             )
             for p in manifest.parameters
         )

@@ -10,7 +10,7 @@ from raytier.checkpoint.manifest import ExpertBank, ModelManifest, Parameter
 from raytier.hardware.rates import Overlap, Rates
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.plan import FILE_TIERS, Prediction, Tier, TierSchemes, WeightPlan
-from raytier.planner.routing import expected_experts
+from raytier.planner.routing import RoutedExperts
 from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, packable, resident_nbytes, token_bytes
 
 BATCHES = (1, 8, 32)
@@ -19,30 +19,6 @@ PROMPT_TOKENS = 128
 #: process that measures the other rates cannot see them.
 CALL_SECONDS = 0.9e-3
 CALL_SEQUENCE_SECONDS = 3.0e-5
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedExperts:
-    """The routed experts of a layer: bytes of all of them, of which a step needs those that its tokens choose.
-
-    Attributes: as of `SweepUnit`.
-    """
-
-    num_experts: int
-    per_token: int
-    disk_bytes: int = 0
-    ramdisk_bytes: int = 0
-    bus_bytes: int = 0
-    plain_bytes: int = 0
-    plain_matrices: int = 0
-
-    def share(self, tokens: int) -> float:
-        """Of the experts, the part that so many tokens are expected to choose."""
-        return expected_experts(self.num_experts, self.per_token, tokens) / self.num_experts
-
-    def tokens_each(self, tokens: int) -> int:
-        """Tokens that each of the chosen experts computes at once."""
-        return max(1, round(tokens * self.per_token / max(1.0, self.share(tokens) * self.num_experts)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def plan_weights(
     kind = resolve_kind(inventory, config) if kind is None else kind
     chosen = config.scheduler.max_num_batched_tokens
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
-    schemes = tier_schemes(manifest, config)
+    schemes = tier_schemes(manifest, config, kind)
     packed = kind == "cpu" and rates.packed_pays
     case = Case(
         manifest=manifest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 
 from raytier.config import MIB
@@ -28,3 +29,30 @@ def plan_slots(most: int, per_token: int, slot_bytes: int, *, sparing: bool) -> 
     if not most:
         return 0
     return 1 if sparing else min(most, max(per_token, ceil(IN_FLIGHT_BYTES / slot_bytes)))
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """The routed experts of a layer: bytes of all of them, of which a step needs those that its tokens choose.
+
+    Attributes:
+        disk_bytes, ramdisk_bytes: that are read where they are fetched.
+        bus_bytes: that are copied to a GPU.
+        plain_bytes, plain_matrices: that are computed on.
+    """
+
+    num_experts: int
+    per_token: int
+    disk_bytes: int = 0
+    ramdisk_bytes: int = 0
+    bus_bytes: int = 0
+    plain_bytes: int = 0
+    plain_matrices: int = 0
+
+    def share(self, tokens: int) -> float:
+        """Of the experts, the part that so many tokens are expected to choose."""
+        return expected_experts(self.num_experts, self.per_token, tokens) / self.num_experts
+
+    def tokens_each(self, tokens: int) -> int:
+        """Tokens that each of the chosen experts computes at once."""
+        return max(1, round(tokens * self.per_token / max(1.0, self.share(tokens) * self.num_experts)))

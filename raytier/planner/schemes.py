@@ -9,17 +9,27 @@ from raytier.codecs.codec import NONE, Codec
 from raytier.codecs.forms import Form, form_of
 from raytier.codecs.scheme import Scheme
 from raytier.config import AppConfig
+from raytier.errors import ConfigurationError
+from raytier.planner.budgets import DeviceKind
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
 from raytier.planner.rules import matches
 
 
-def tier_schemes(manifest: ModelManifest, config: AppConfig) -> TierSchemes:
-    """What the configuration makes of every parameter.
+def tier_schemes(manifest: ModelManifest, config: AppConfig, kind: DeviceKind) -> TierSchemes:
+    """What the configuration makes of every parameter for a device of `kind`.
 
     Parameters of one dimension stay as they are, and so does an input embedding, whose rows are read one by one; where
     it is tied to the output head, its rows come from the checkpoint.
     """
-    return TierSchemes({tier: dict(_schemes(manifest, config, tier)) for tier in Tier})
+    schemes = TierSchemes({tier: dict(_schemes(manifest, config, tier)) for tier in Tier})
+    for tier, named in schemes.by_tier.items():
+        for name, scheme in named.items():
+            if kind == "cuda" and scheme.form is not None and scheme.form.dtype is None:
+                raise ConfigurationError(
+                    f"precision.{tier.value}: {name} would be {scheme.form.name}, which is computed on by CPUs only in "
+                    "this version; set it to source, bf16, fp16 or fp32, or compute.device to cpu"
+                )
+    return schemes
 
 
 def _schemes(manifest: ModelManifest, config: AppConfig, tier: Tier) -> Iterator[tuple[str, Scheme]]:
@@ -55,4 +65,5 @@ def _form(parameter: Parameter, config: AppConfig, tier: Tier) -> Form | None:
     if wish == "source":
         return None
     form = form_of(f"int4-{precision.int4_group}" if wish == "int4" else wish)
-    return form if form.fits(parameter.shape) and form.dtype != parameter.dtype else None
+    possible = parameter.matrix and form.fits(parameter.shape) and parameter.resident is None
+    return form if possible and form.dtype != parameter.dtype else None

@@ -63,8 +63,8 @@ def layer(number: int, status: ParameterStatus, plan: WeightPlan) -> Layer:
         current_size_mb=status.current_nbytes / MIB,
         current_device=device,
         gpu_id=gpu,
-        quantization_type="none",
-        compression_type="none",
+        quantization_type=status.precision,
+        compression_type=status.codec,
         access_count=status.access_count,
         last_access_timestamp=status.last_access or None,
     )
