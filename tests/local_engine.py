@@ -44,10 +44,19 @@ class LocalEngine:
 
     @property
     def swept_bytes(self) -> int:
-        """Parameter bytes that every sweep must stream: all on disk but an embedding that is not also the head."""
+        """Parameter bytes that every sweep must stream: all on disk but routed experts, and an embedding that is not
+        also the head."""
         manifest, tier_of = self.manifest, self.plan.tier_of
-        on_disk = [p for p in manifest.parameters if tier_of[p.name] is Tier.NVME]
+        on_disk = [p for p in manifest.parameters if tier_of[p.name] is Tier.NVME and p.expert is None]
         return sum(p.nbytes for p in on_disk if p.role is not Role.EMBEDDING or manifest.tied)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Parameter bytes that experts on disk must have cost so far: of each as often as the router chose it, unless
+        it was still there."""
+        used = {p.name: p.access_count for p in self.runner.parameters()}
+        on_disk = [p for p in self.manifest.parameters if self.plan.tier_of[p.name] is Tier.NVME and p.expert]
+        return sum(p.nbytes * used[p.name] for p in on_disk) - self.runner._weights._streamed.stats.bytes_found
 
     @property
     def row_bytes(self) -> int:
@@ -59,7 +68,7 @@ class LocalEngine:
         """What was streamed is what the plan says, to the byte; and it came from disk."""
         total, steps = self.engine.stats().total, self.engine.stats().steps
         assert steps > 0
-        rows = total.bytes_streamed - steps * self.swept_bytes
+        rows = total.bytes_streamed - steps * self.swept_bytes - self.fetched_bytes
         if self.row_bytes:
             assert rows % self.row_bytes == 0 and steps <= rows // self.row_bytes <= total.num_tokens
         else:

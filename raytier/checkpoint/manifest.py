@@ -232,16 +232,6 @@ class ModelManifest:
         """Bytes of keys and values of one token over all layers in `compute_dtype`."""
         return sum(layer.token_bytes(self.compute_dtype) for layer in self.kv_layers)
 
-    @property
-    def kv_windows(self) -> tuple[int | None, ...]:
-        """Of the KV cache groups; see the function of this name."""
-        return kv_windows(self.kv_layers)
-
-    def kv_group_token_bytes(self, window: int | None) -> int:
-        """Bytes of keys and values of one token over the layers of a KV cache group."""
-        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
-        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
-
     def computed_dtype(self, parameter: Parameter) -> str:
         """The dtype that `parameter` is computed in."""
         return parameter.own_dtype or self.compute_dtype
@@ -254,8 +244,32 @@ class ModelManifest:
         """KV caches of a decoder layer: one per attention call that it makes."""
         return tuple(kv for kv, owner in zip(self.kv_layers, self._kv_owners, strict=True) if owner == layer)
 
+    @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """Of the KV cache groups; see the function of this name."""
+        return kv_windows(self.kv_layers)
+
+    def kv_group_token_bytes(self, window: int | None) -> int:
+        """Bytes of keys and values of one token over the layers of a KV cache group."""
+        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
+        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest dimension of a matrix in a layer."""
+        shapes = {p.shape for p in self.parameters if p.role is Role.LAYER and len(p.shape) > 1}
+        return max((max(shape[-2:]) for shape in shapes), default=0)
+
+    @cached_property
+    def _by_layer(self) -> tuple[tuple[Parameter, ...], ...]:
+        found: list[list[Parameter]] = [[] for _ in range(self.num_layers)]
+        for p in self.parameters:
+            if p.layer is not None:
+                found[p.layer].append(p)
+        return tuple(map(tuple, found))
+
     def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
-        return tuple(p for p in self.parameters if p.layer == layer)
+        return self._by_layer[layer]
 
 
 @dataclass(frozen=True)

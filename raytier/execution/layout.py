@@ -224,8 +224,9 @@ def sweep_units(
 ) -> tuple[StreamUnit, ...]:
     """Everything that one sweep streams, in the order of its use: decoder layers, then chunks of the output head.
 
-    A layer without streamed parameters has no unit. The input embedding is read by rows (`row_unit`); where it is
-    tied and on disk it is streamed here as the head.
+    A layer without streamed parameters has no unit. Routed experts are in none: which ones are needed, the router says
+    (`expert_stream`). The input embedding is read by rows (`row_unit`); where it is tied and on disk it is streamed
+    here as the head.
 
     Args:
         tier_of: tier of every parameter by name (`WeightPlan.tier_of`).
@@ -233,7 +234,8 @@ def sweep_units(
     """
     units = []
     for layer in range(manifest.num_layers):
-        pieces = [whole(p) for p in manifest.layer_parameters(layer) if tier_of[p.name] in streamed_tiers]
+        parameters = (p for p in manifest.layer_parameters(layer) if p.expert is None)
+        pieces = [whole(p) for p in parameters if tier_of[p.name] in streamed_tiers]
         if pieces:
             units.append(build_unit(f"layer {layer}", pieces, manifest.files, layer))
     if tier_of[manifest.head] in streamed_tiers:

@@ -229,8 +229,9 @@ class ModelRunner:
             return self._weights.move(names, destination, host_views, copies)
 
     def parameters(self) -> tuple[ParameterStatus, ...]:
-        """Where every parameter is now. All of them are used once in a step."""
+        """Where every parameter is now. All but routed experts are used once in a step."""
         weights, manifest = self._weights, self._weights.manifest
+        uses = {p.name: weights.used(p) or (self._steps, self._last_step) for p in manifest.parameters}
         return tuple(
             ParameterStatus(
                 name=p.name,
@@ -239,8 +240,8 @@ class ModelRunner:
                 nbytes=p.nbytes,
                 current_nbytes=weights.held_nbytes(p.name),
                 fixed=weights.fixed(p.name),
-                access_count=self._steps,
-                last_access=self._last_step,
+                access_count=uses[p.name][0],
+                last_access=uses[p.name][1],
                 precision=(form.name if (form := weights.scheme_of(p.name).form) is not None else "source"),
                 codec=weights.scheme_of(p.name).codec.name,
             )

@@ -19,16 +19,18 @@ class StreamStats:
     """Totals of a stream, or of several that followed each other.
 
     Attributes:
-        units: units acquired.
+        units: units acquired, experts that were fetched among them.
         bytes_consumed: parameter bytes of those units.
         bytes_read: bytes read from disk for them and for cancelled prefetches, alignment included.
-        io_wait_s: seconds that `acquire` waited.
+        io_wait_s: seconds that was waited for them.
+        bytes_found: parameter bytes of experts that were chosen and still there.
     """
 
     units: int = 0
     bytes_consumed: int = 0
     bytes_read: int = 0
     io_wait_s: float = 0.0
+    bytes_found: int = 0
 
 
 @dataclass(frozen=True, slots=True)

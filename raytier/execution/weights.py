@@ -25,11 +25,12 @@ from raytier.execution import linears
 from raytier.execution.binding import Bindings, as_tensor
 from raytier.execution.bus import Bus
 from raytier.execution.conversion import Converter
+from raytier.execution.expert_stream import RoutedExperts
 from raytier.execution.formed import FormedWeight, Weight, plain
 from raytier.execution.gate import SweepGate
 from raytier.execution.kept import KeptCopies
 from raytier.execution.layout import row_bytes
-from raytier.execution.loading import ResidentLoader, begin_read
+from raytier.execution.loading import ResidentLoader, begin_read, groups_in_memory
 from raytier.execution.reader import Urgency
 from raytier.execution.room import Room, resident_bytes
 from raytier.execution.rows import RowFetcher
@@ -90,6 +91,7 @@ class Weights:
         self._resident: dict[str, Weight] = {}  # of the device tier, as they are bound
         self._host: dict[str, Weight] = {}
         self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
+        self._experts = RoutedExperts(sources.manifest, self._bindings, self._streamed.experts, self._host, self._bus)
         self._rows: RowFetcher | None = None
         self._closed = False
         self._rows_streamed = self._rows_ramdisk = self.bytes_loaded = 0
@@ -98,7 +100,7 @@ class Weights:
         self._attach(model, layers)
         self._wire_head()
         self._streamed.start(SweepPlan.of(sources.manifest, self._tier_of, share))
-        groups = self._resident_groups()
+        groups = groups_in_memory(self.manifest, self._tier_of)
         self.bytes_to_load = sum(self.manifest.by_name[name].nbytes for _, names in groups for name in names)
         self._loader = ResidentLoader(groups, self._begin_load, self._pack_all)
 
@@ -113,17 +115,6 @@ class Weights:
         return self._tier_of
 
     # Loading
-
-    def _resident_groups(self) -> list[tuple[object, list[str]]]:
-        """Names of what is to be in memory, grouped by when a sweep needs it first."""
-        groups: dict[object, list[str]] = {Role.OTHER: []}
-        groups |= {layer: [] for layer in range(self.manifest.num_layers)}
-        groups[Role.HEAD] = []
-        for p in self.manifest.parameters:
-            if self._tier_of[p.name] not in FILE_TIERS:
-                key = p.layer if p.layer is not None else Role.HEAD if p.role is Role.HEAD else Role.OTHER
-                groups[key].append(p.name)
-        return list(groups.items())
 
     def _begin_load(self, names: Sequence[str]) -> Callable[[], None]:
         reading = deque((name, *self._begin_read(name)) for name in names)
@@ -182,8 +173,9 @@ class Weights:
 
     def _attach(self, model: nn.Module, layers: nn.ModuleList) -> None:
         for number, layer in enumerate(layers):
-            names = [p.name for p in self.manifest.layer_parameters(number)]
+            names = [p.name for p in self.manifest.layer_parameters(number) if p.expert is None]
             self._attach_layer(layer, number, names)
+        self._bindings.feed_experts(self._experts.arriving)
         self._handles += attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
         self._handles.append(self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD)))
 
@@ -341,7 +333,7 @@ class Weights:
             where = {name: copies.get(name) if destination in FILE_TIERS else None for name in came_from}
             manifest = self._sources.relocated(where, destination)
             plan = SweepPlan.of(manifest, tier_of, self._share)
-            self.room.check(self._resident_nbytes(tier_of), plan.ring_bytes)
+            self.room.check(self._resident_nbytes(tier_of), plan.nbytes)
         except BaseException:
             self._sources.adopt(self.manifest)
             raise
@@ -399,7 +391,8 @@ class Weights:
 
     @property
     def ring_bytes(self) -> int:
-        return self._streamed.ring_bytes
+        """Bytes of the ring, and beside it of the slots of experts."""
+        return self._streamed.nbytes
 
     @property
     def bytes_streamed(self) -> int:
@@ -410,6 +403,10 @@ class Weights:
     def bytes_streamed_ramdisk(self) -> int:
         """Of these, what came from the ramdisk."""
         return self._rows_ramdisk + self._streamed.bytes_ramdisk
+
+    def used(self, parameter: Parameter) -> tuple[int, float] | None:
+        """How often a parameter of a routed expert was chosen, and when last (Unix time); None for all others."""
+        return self._bindings.expert_use(parameter.expert) if parameter.expert is not None else None
 
     @property
     def io_wait_s(self) -> float:
@@ -424,6 +421,7 @@ class Weights:
     def abandon_sweep(self) -> None:
         """After a step that failed half-way: drop what the ring holds; the next step starts a new sweep."""
         self._bindings.unbind(name for name, tier in self._tier_of.items() if tier in FILE_TIERS)
+        self._experts.unbind()
         self._streamed.cancel()
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, b
         notes.append(_copies(written, f"{len(nvme.paths)} directories of tiers.nvme.paths", case.rates))
     if ramdisk := _on(case, solution, Tier.RAMDISK):
         notes.append(f"{_mb(ramdisk)} are copied to the ramdisk when the model is loaded")
-    if case.packed:
+    if case.sweeps.packed:
         gain = case.rates.matrix_rate(1, packed=True) / case.rates.matrix_rate(1)
         notes.append(
             f"resident linear layers are packed for the CPU's kernels: measured {gain:.2f}x as fast at one row, "

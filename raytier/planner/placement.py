@@ -14,7 +14,7 @@ from raytier.hardware.rates import Rates
 from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_warnings
 from raytier.planner.budgets import Budgets, DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
-from raytier.planner.cost import BATCHES, predict_first_token, predict_step
+from raytier.planner.cost import BATCHES, SweepModel, predict_first_token, predict_step
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
 from raytier.planner.schemes import tier_schemes
@@ -71,6 +71,8 @@ def plan_weights(
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
     if budgets is None:
         budgets = node_budgets(inventory, config, kind, device_index=device_index, started=started)
+    schemes = tier_schemes(manifest, config, kind)
+    packed = kind == "cpu" and rates.packed_pays
     case = Case(
         manifest=manifest,
         inventory=inventory,
@@ -83,7 +85,8 @@ def plan_weights(
         mixed_tokens=first,
         activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
-        schemes=tier_schemes(manifest, config, kind),
+        schemes=schemes,
+        sweeps=SweepModel(manifest, kind, packed, schemes),
     )
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
@@ -112,6 +115,7 @@ def plan_weights(
                 budget_bytes=case.capacity.device,
                 resident_bytes=sizes[Tier.DEVICE],
                 ring_bytes=solution.ring.nbytes,
+                expert_bytes=solution.ring.expert_bytes,
                 window=solution.ring.window,
                 head_chunk_rows=solution.ring.head_chunk_rows,
                 block_size=case.demand.block_size,
@@ -120,7 +124,7 @@ def plan_weights(
                 activation_bytes=case.activation_bytes,
                 max_num_batched_tokens=case.step_tokens,
                 max_mixed_tokens=case.mixed_tokens,
-                packed=case.packed,
+                packed=packed,
             ),
         ),
         host_bytes=sizes[Tier.HOST],
@@ -193,7 +197,7 @@ def _solver(case: Case, device_room: int) -> tuple[RuleResult, Solver]:
     room = {tier: case.capacity.room(tier) for tier in Tier} | {Tier.DEVICE: device_room}
     rules = apply_rules(case.manifest, case.config.placement.rules, room, case.resident, partial(_nbytes, case))
     fixed = dict.fromkeys(case.resident, Tier.DEVICE) | rules.tiers
-    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes)
+    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes, case.sweeps)
 
 
 def _fit_rules(case: Case) -> _Fitted | None:
@@ -251,7 +255,7 @@ def _rule_rooms(case: Case) -> tuple[int, ...]:
     room = case.capacity.device - case.resident_bytes - case.activation_bytes - case.expected_kv_bytes
     layer = [0] * manifest.num_layers
     for p in manifest.parameters:
-        if p.layer is not None and p.name not in case.resident:
+        if p.layer is not None and p.expert is None and p.name not in case.resident:
             layer[p.layer] += _nbytes(case, p, Tier.DEVICE)
     return max(0, room), max(0, room - 2 * max(layer, default=0)), 0
 

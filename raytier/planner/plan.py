@@ -95,12 +95,13 @@ class ParameterPlacement:
 class DevicePlan:
     """What one device holds. All sizes in bytes.
 
-    `resident_bytes + ring_bytes + kv_bytes + activation_bytes <= budget_bytes` always holds.
+    `resident_bytes + ring_bytes + expert_bytes + kv_bytes + activation_bytes <= budget_bytes` always holds.
 
     Attributes:
         kind: "cpu" or "cuda".
         layer_start, layer_stop: decoder layers run here.
         ring_bytes: ring of streamed bytes; 0 when nothing streams.
+        expert_bytes: for routed experts that are fetched when the router has chosen them.
         window: decoder layers that the ring can hold ahead of the one that computes.
         head_chunk_rows: vocabulary rows per chunk of a streamed output head; 0 when it is resident.
         kv_blocks: KV blocks of `block_size` tokens, the null block included.
@@ -126,9 +127,10 @@ class DevicePlan:
     max_num_batched_tokens: int
     max_mixed_tokens: int
     packed: bool
+    expert_bytes: int = 0
 
     def __post_init__(self) -> None:
-        used = self.resident_bytes + self.ring_bytes + self.kv_bytes + self.activation_bytes
+        used = self.resident_bytes + self.ring_bytes + self.expert_bytes + self.kv_bytes + self.activation_bytes
         if used > self.budget_bytes:
             raise ValueError(f"device {self.index}: {used} bytes planned in a budget of {self.budget_bytes}")
 

@@ -60,11 +60,8 @@ def token_bytes(manifest: ModelManifest) -> int:
     values (at most 3 x the widest key/value width or hidden), gate, up and their product (3 x the widest matrix of a
     layer).
     """
-    width = max(
-        (max(p.shape[-2:]) for p in manifest.parameters if p.role is Role.LAYER and len(p.shape) > 1), default=0
-    )
     qkv = max(max(k.num_kv_heads * max(k.key_dim, k.value_dim), manifest.hidden_size) for k in manifest.kv_layers)
-    return (4 * manifest.hidden_size + 3 * qkv + 3 * width) * DTYPE_BYTES[manifest.compute_dtype]
+    return (4 * manifest.hidden_size + 3 * qkv + 3 * manifest.widest) * DTYPE_BYTES[manifest.compute_dtype]
 
 
 def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:
@@ -120,16 +117,23 @@ def kv_demand(manifest: ModelManifest, config: AppConfig) -> KVDemand:
 class Ring:
     """Ring of streamed bytes: `units` of the largest streamed `unit_bytes`; one of them is being computed on.
 
-    `head_chunk_rows` is 0 when the head is resident.
+    `head_chunk_rows` is 0 when the head is resident. Beside it, `slots` of `slot_bytes` for routed experts that are
+    fetched when they have been chosen.
     """
 
     units: int = 0
     unit_bytes: int = 0
     head_chunk_rows: int = 0
+    slots: int = 0
+    slot_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.units * self.unit_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.slots * self.slot_bytes
 
     @property
     def window(self) -> int:
