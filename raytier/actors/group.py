@@ -205,9 +205,9 @@ class ActorGroup:
             wanted["host"] = (ray.remote(HostPoolActor), budgets.host_bytes)
             wanted["kv"] = (ray.remote(KVBlockActor),)
         if with_model or tiers.nvme.paths:
-            wanted["disk"] = (remote_disk_actor(), tiers.nvme, store_directories(self._config))
+            wanted["disk"] = (remote_disk_actor(), tiers.nvme, store_directories(self._config), self._config.cache_dir)
         if tiers.ramdisk.enabled:
-            wanted["ramdisk"] = (remote_disk_actor(), tiers.ramdisk)
+            wanted["ramdisk"] = (remote_disk_actor(), tiers.ramdisk, (), self._config.cache_dir)
         new = [role for role in wanted if role not in self._actors]
         try:
             for role in new:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from raytier.codecs.codec import Codec, Frames
+from raytier.codecs.codec import Codec, Frames, frame_step
 from raytier.codecs.forms import Form
 from raytier.config import AppConfig
 
@@ -111,6 +111,11 @@ class Parameter:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def step(self, nbytes: int) -> int:
+        """Bytes in each part but the last of the parameter's `nbytes` in some form, as they are coded and checked."""
+        table = self.role in (Role.EMBEDDING, Role.HEAD)
+        return frame_step(nbytes, self.shape[0] if self.shape else 1, table=table)
 
 
 @dataclass(frozen=True, slots=True)

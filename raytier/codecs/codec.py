@@ -22,6 +22,8 @@ CodecName = Literal["none", "zstd", "zstd-planes"]
 
 #: Decoded bytes of a frame, if its rows are not longer.
 FRAME_BYTES = 1 << 20
+#: A table of rows (embedding, output head) has at least so many frames: it is used by parts of its rows.
+_TABLE_PARTS = 64
 #: Part of every scheme on disk: files of another version are made anew.
 CODEC_VERSION = 1
 #: A plane of noise with a skewed distribution has nothing to find for LZ matching: hardly any memory of what was seen
@@ -92,10 +94,15 @@ class Frames:
         return [0, *accumulate(self.sizes)]
 
 
-def frame_step(nbytes: int, rows: int) -> int:
-    """Decoded bytes of a frame of something with `rows` equal rows: whole rows, if these are short enough."""
+def frame_step(nbytes: int, rows: int, *, table: bool = False) -> int:
+    """Decoded bytes of a frame of something with `rows` equal rows: whole rows, if these are short enough.
+
+    Args:
+        table: parts of its rows are used by themselves.
+    """
     row = nbytes // rows if rows and nbytes % rows == 0 else 0
-    return FRAME_BYTES // row * row if 0 < row <= FRAME_BYTES else FRAME_BYTES
+    most = min(FRAME_BYTES, max(row, nbytes // _TABLE_PARTS)) if table else FRAME_BYTES
+    return most // row * row if 0 < row <= most else FRAME_BYTES
 
 
 def frame_ranges(nbytes: int, step: int) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ Reads are aligned outward for O_DIRECT, so bytes keep their file offset modulo `
 anywhere in its unit and is used in place. So is one whose extents meet at block borders (stripes of a tier's files):
 they are read one behind the other. Only what cannot be used in place (other separate extents, or a file offset that
 its dtype cannot start at) is copied together, into space behind the reads, by `assemble`. What is coded is read into
-memory of the reader, and decoded from there into the unit.
+memory of the reader, and decoded from there into the unit. All is checked, in ranges that do not depend on the unit.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile, Stored
-from raytier.codecs.codec import Codec
-from raytier.codecs.planes import Element
 from raytier.codecs.scheme import element_of
 from raytier.errors import CheckpointError
+from raytier.execution.reads import Check, CodedFrame, CodedRead, Read, with_checks
 from raytier.planner.plan import FILE_TIERS, Tier
 from raytier.tiers.aligned import ALIGNMENT, align_down, align_up
+from raytier.tiers.checks import check_ranges
 from raytier.tiers.striping import slice_extents
 
 #: Bytes between wanted ranges that may be read along to save a request ...
@@ -43,50 +43,6 @@ class Piece:
     parameter: Parameter
     row_start: int
     row_stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """`nbytes` at `offset` of the manifest's file `file` go to `dest` in the unit.
-
-    `offset` and `dest` are aligned, and so is `nbytes` unless the range ends with the file; the unit has room
-    for `align_up(nbytes)` at `dest`.
-    """
-
-    file: int
-    offset: int
-    nbytes: int
-    dest: int
-
-
-@dataclass(frozen=True, slots=True)
-class CodedFrame:
-    """`nbytes` coded bytes at `offset` of what was read become `decoded` bytes at `dest` in the unit."""
-
-    offset: int
-    nbytes: int
-    checksum: int
-    dest: int
-    decoded: int
-
-
-@dataclass(frozen=True, slots=True)
-class CodedRead:
-    """Consecutive frames: `reads` bring them to memory of the reader, `scratch_bytes` of it (their `dest` is there)."""
-
-    codec: Codec
-    element: Element
-    reads: tuple[Read, ...]
-    frames: tuple[CodedFrame, ...]
-
-    @property
-    def scratch_bytes(self) -> int:
-        return max(read.dest + align_up(read.nbytes) for read in self.reads)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read."""
-        return sum(read.nbytes for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +104,23 @@ def row_bytes(parameter: Parameter) -> int:
     return held_nbytes(parameter) // max(1, num_rows(parameter))
 
 
-def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], layer: int | None = None) -> StreamUnit:
+def build_unit(
+    name: str,
+    pieces: Sequence[Piece],
+    files: Sequence[SourceFile],
+    layer: int | None = None,
+    *,
+    by_rows: bool = False,
+) -> StreamUnit:
     """The unit that holds `pieces`, whose members keep their order.
+
+    Args:
+        by_rows: every row is checked by itself.
 
     Raises:
         CheckpointError: a parameter has no bytes, or reaches beyond the end of its file.
     """
-    coded = [_coded(piece.parameter) for piece in pieces]
+    coded = [None if by_rows else _coded(piece) for piece in pieces]
     extents = [() if code else tuple(_extents(piece)) for piece, code in zip(pieces, coded, strict=True)]
     for extent in (e for group in extents for e in group):
         if extent.offset + extent.nbytes > files[extent.file].size:
@@ -173,6 +139,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
         return read.dest + extent.offset - read.offset
 
     members: list[Member] = []
+    checks: list[Check] = []
     behind: list[Read | CodedRead] = []
     for piece, group, chain, stored in zip(pieces, extents, chained, coded, strict=True):
         if stored is not None:
@@ -197,6 +164,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
             placed: tuple[tuple[int, int], ...] = ((offset, nbytes),)
         else:
             placed = tuple((place(extent), extent.nbytes) for extent in group)
+        checks += _checks(piece, placed, by_rows)
         offset = placed[0][0] if placed else 0
         in_place = len(placed) <= 1 and offset % _start_alignment(piece.parameter) == 0
         if not in_place:
@@ -204,7 +172,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
             end = offset + nbytes
         sources = () if in_place else placed
         members.append(Member(piece.parameter.name, offset, nbytes, piece.row_start, piece.row_stop, sources))
-    return StreamUnit(name, align_up(end), (*reads, *behind), tuple(members), layer)
+    return StreamUnit(name, align_up(end), with_checks((*reads, *behind), checks), tuple(members), layer)
 
 
 def assemble(unit: StreamUnit, view: memoryview) -> None:
@@ -263,7 +231,7 @@ def row_unit(parameter: Parameter, rows: Sequence[int], files: Sequence[SourceFi
             pieces[-1] = Piece(parameter, pieces[-1].row_start, row + 1)
         else:
             pieces.append(Piece(parameter, row, row + 1))
-    return build_unit(f"rows of {parameter.name}", pieces, files)
+    return build_unit(f"rows of {parameter.name}", pieces, files, by_rows=True)
 
 
 def _split(parameter: Parameter, rows: int) -> Iterator[Piece]:
@@ -311,10 +279,46 @@ def _start_alignment(parameter: Parameter) -> int:
     return DTYPE_BYTES[parameter.dtype] if plain else SCRATCH_ALIGNMENT
 
 
-def _coded(parameter: Parameter) -> Stored | None:
-    """How the parameter is stored, if it has to be decoded."""
-    stored = parameter.stored
-    return stored if stored is not None and stored.codec.name != "none" else None
+def _coded(piece: Piece) -> Stored | None:
+    """How the parameter is stored, if it has to be decoded, or taken out of whole frames that can be checked."""
+    stored = piece.parameter.stored
+    if stored is None:
+        return None
+    start, stop = _byte_range(piece)
+    step = stored.frames.step
+    whole = start % step == 0 and (stop % step == 0 or stop == stored.nbytes)
+    return stored if stored.codec.name != "none" or not whole else None
+
+
+def _checks(piece: Piece, placed: Sequence[tuple[int, int]], by_rows: bool) -> Iterator[Check]:
+    """What is checked of a piece, whose bytes lie at `placed` ((offset in the unit, bytes) each)."""
+    parameter, stored = piece.parameter, piece.parameter.stored
+    start, stop = _byte_range(piece)
+    size = row_bytes(parameter) if by_rows else None
+    found: Iterator[tuple[int, int, Extent, int | None]]
+    if stored is None:
+        found = ((at, e.nbytes, e, None) for at, e in check_ranges(parameter, start, stop, size))
+    else:
+        found = _stored_ranges(stored, start, stop, size)
+    runs = iter(placed)
+    end, shift = start, 0
+    for position, nbytes, extent, checksum in found:
+        while position >= end:
+            offset, length = next(runs)
+            shift = offset - end
+            end += length
+        yield Check(parameter.name, extent.file, extent.offset, nbytes, position + shift, checksum)
+
+
+def _stored_ranges(
+    stored: Stored, start: int, stop: int, size: int | None
+) -> Iterator[tuple[int, int, Extent, int | None]]:
+    """Position, bytes, first extent and checksum of the frames, or parts of `size` bytes, from `start` to `stop`."""
+    step = stored.frames.step if size is None else size
+    for position in range(start, stop, step):
+        nbytes = min(step, stop - position)
+        extent = next(slice_extents(stored.extents, position, position + nbytes))
+        yield position, nbytes, extent, stored.frames.checksums[position // step] if size is None else None
 
 
 def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int) -> Iterator[CodedRead]:
@@ -338,7 +342,7 @@ def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int
             offset = begin + offsets[index] - offsets[first]
             coded.append(CodedFrame(offset, frames.sizes[index], frames.checksums[index], dest, decoded))
             dest += decoded
-        yield CodedRead(stored.codec, element, tuple(reads), tuple(coded))
+        yield CodedRead(parameter.name, stored.codec, element, tuple(reads), tuple(coded))
         first = last
 
 

@@ -14,6 +14,7 @@ from raytier.checkpoint.manifest import Parameter, SourceFile
 from raytier.codecs.scheme import PLAIN, Scheme
 from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvailableError, TierError
 from raytier.tiers.aligned import align_up
+from raytier.tiers.checks import SourceChecks
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.copying import CopyJob, Opener, copy_all, most_nbytes
 from raytier.tiers.owners import KeptDirectory, OwnedDirectory, owner_name, remove_leftovers
@@ -109,6 +110,7 @@ class TierFiles:
         advice: what the user can do when there is no room.
         owner: name of the own directories; None: this process.
         others: bytes that count towards the capacity as well.
+        cache_dir: where it is kept what ranges of checkpoints hold; None: nowhere.
         opener: stand-in for `os.open` of the files that are written (fault injection).
 
     Raises:
@@ -127,6 +129,7 @@ class TierFiles:
         owner: str | None = None,
         kept: bool = False,
         others: Callable[[], int] = int,
+        cache_dir: str | None = None,
         opener: Opener = os.open,
     ) -> None:
         if not directories or stripe_bytes <= 0:
@@ -137,6 +140,7 @@ class TierFiles:
         self._advice = advice
         self._opener = opener
         self._others = others
+        self._cache_dir = cache_dir
         self._stored: dict[str, dict[str, _Stored]] = {}  # model -> parameter -> copy
         self._writes = self._bytes_written = self._source_bytes_read = self._errors = 0
         self._lock = threading.Lock()  # the fields above
@@ -176,6 +180,7 @@ class TierFiles:
         Raises:
             ResourceNotAvailableError: there is no room; says where, needed, free, and what to do.
             CheckpointError: a source is missing, has changed, or does not hold a parameter.
+            DamagedError: a source is not what it was when it was first read.
             TierError: reading or writing failed, one of them has a copy already, or the tier is being closed.
         """
         with self._storing:
@@ -290,7 +295,9 @@ class TierFiles:
             undo.callback(self._unlink, [path for one in placed.values() for path in one.job.paths])
             try:
                 jobs = [one.job for one in placed.values()]
-                copy_all(jobs, sources, wrote, finished, self._closing.is_set, self._opener)
+                checks = SourceChecks(sources, self._cache_dir)
+                copy_all(jobs, sources, wrote, finished, self._closing.is_set, self._opener, checks)
+                checks.save()
             except OSError as error:
                 raise self._no_room(error, total - done) from error
             undo.pop_all()
