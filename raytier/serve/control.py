@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TypeVar
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import ModelEntry
 from raytier.engine.engine import Engine
-from raytier.errors import ConflictError, ModelNotFoundError, QueueFullError, RaytierError
+from raytier.errors import ConflictError, DamagedError, ModelNotFoundError, QueueFullError, RaytierError
 
 logger = logging.getLogger(__name__)
 
@@ -205,16 +205,24 @@ class ModelControl:
         except Exception as error:
             if self._engine is not engine:  # it was unloaded meanwhile
                 return
-            self._let_go()
-            self._failed(model_id, error)
-            at_once = threading.Event()
-            at_once.set()
-            async with self._node_lock:
-                await self._in_thread(lambda: self._node.unload_model(at_once))
+            await self._end(model_id, error)
             return
         if self._engine is engine:
             self.state = "loaded"
             logger.info("all of %s was read after %.1f s", model_id, seconds)
+
+    async def end_damaged(self, engine: Engine, error: DamagedError) -> None:
+        """Give up the model of an engine that died because its files are damaged: it would find them so again."""
+        if self._engine is engine:
+            await self._end(engine.model_id, error)
+
+    async def _end(self, model_id: str, error: BaseException) -> None:
+        self._let_go()
+        self._failed(model_id, error)
+        at_once = threading.Event()
+        at_once.set()
+        async with self._node_lock:
+            await self._in_thread(lambda: self._node.unload_model(at_once))
 
     async def _unload(self, model_id: str) -> None:
         try:

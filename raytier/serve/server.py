@@ -22,7 +22,7 @@ from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import MIB, AppConfig
 from raytier.config import Upstream as UpstreamSection
 from raytier.engine.outputs import EngineStats, OutputDelta
-from raytier.errors import ConflictError, EngineDeadError
+from raytier.errors import ConflictError, DamagedError, EngineDeadError
 from raytier.planner.budgets import planned_paths
 from raytier.planner.plan import ResourcePlan
 from raytier.serve import handles
@@ -221,6 +221,9 @@ class LLMServer:
         nothing that has died comes back.
         """
         engine = self._control.running
+        if engine is not None and isinstance(engine.failure, DamagedError):
+            await self._control.end_damaged(engine, engine.failure)
+            engine = None
         if engine is None or engine.dead is None:
             try:
                 await asyncio.to_thread(self._group.ping)

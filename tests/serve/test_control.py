@@ -8,7 +8,14 @@ import weakref
 
 import pytest
 
-from raytier.errors import BudgetError, CheckpointError, ConflictError, ModelNotFoundError, QueueFullError
+from raytier.errors import (
+    BudgetError,
+    CheckpointError,
+    ConflictError,
+    DamagedError,
+    ModelNotFoundError,
+    QueueFullError,
+)
 from raytier.serve.control import ModelControl
 from raytier.serve.handles import generate
 from tests.serve.conftest import MakeServed
@@ -133,6 +140,21 @@ async def test_what_cannot_be_read_ends_the_model(unloaded: Served) -> None:
     await unloaded.load()
     assert node.loads == 2
     assert control.running is not engine
+
+
+async def test_a_model_whose_files_are_damaged_ends_alone(unloaded: Served) -> None:
+    """B5: it is not loaded again and again; when the file is restored, it may be."""
+    control, node = unloaded.control, unloaded.node
+    control.load(None)
+    engine = await control.engine(None)
+    await unloaded.eventually(lambda: control.state == "loaded")
+    await control.end_damaged(engine, DamagedError("/m/a.safetensors is damaged: bytes 1 to 2"))
+    assert (control.state, control.running, node.model) == ("error", None, None)
+    with pytest.raises(ConflictError, match="bytes 1 to 2; when that is mended"):
+        await control.engine(None)
+    await control.end_damaged(engine, DamagedError("of an engine that is gone"))
+    control.load(None)
+    await unloaded.eventually(lambda: control.state == "loaded")
 
 
 async def test_draining_lets_requests_end(unloaded: Served) -> None:
