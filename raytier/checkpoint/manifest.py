@@ -23,6 +23,11 @@ Section = TypeVar("Section", bound=BaseModel)
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
 
 
+#: Of a table: bytes in the checkpoint of a piece that is encoded, and used, by itself, and how many there are at least.
+_PIECE_BYTES = 16 << 20
+_LEAST_PIECES = 8
+
+
 class Role(StrEnum):
     """Which part of the model a parameter belongs to."""
 
@@ -59,12 +64,14 @@ class Stored:
     Attributes:
         form: None: as in the checkpoint.
         frames: of the form's bytes, coded by `codec`.
+        piece_rows: rows that are encoded together, as one of `frames.pieces`; 0: all of them.
     """
 
     form: Form | None
     codec: Codec
     frames: Frames
     extents: tuple[Extent, ...]
+    piece_rows: int = 0
 
     def __post_init__(self) -> None:
         if sum(extent.nbytes for extent in self.extents) != self.frames.coded_nbytes:
@@ -112,10 +119,21 @@ class Parameter:
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def table(self) -> bool:
+        """Whether parts of its rows are used by themselves."""
+        return self.role in (Role.EMBEDDING, Role.HEAD)
+
     def step(self, nbytes: int) -> int:
         """Bytes in each part but the last of the parameter's `nbytes` in some form, as they are coded and checked."""
-        table = self.role in (Role.EMBEDDING, Role.HEAD)
-        return frame_step(nbytes, self.shape[0] if self.shape else 1, table=table)
+        return frame_step(nbytes, self.shape[0] if self.shape else 1, table=self.table)
+
+    def piece_rows(self, form: Form | None) -> int:
+        """Rows that files of a tier hold as one piece in this form, which is not made of rows; 0: all of them."""
+        if not self.table or form is None or form.dtype is not None:
+            return 0
+        wanted = min(_PIECE_BYTES, self.nbytes // _LEAST_PIECES) * self.shape[0] // self.nbytes
+        return min(self.shape[0], max(16, wanted // 16 * 16))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ memory of the reader, and decoded from there into the unit. All is checked, in r
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile, Stored
+from raytier.codecs.codec import CODED_REQUEST
 from raytier.codecs.scheme import element_of
 from raytier.errors import CheckpointError
 from raytier.execution.reads import Check, CodedFrame, CodedRead, Read, with_checks
@@ -32,8 +33,6 @@ MAX_GAP = 64 << 10
 MAX_GAP_FRACTION = 0.01
 #: Start of an assembled or decoded parameter: one cache line.
 SCRATCH_ALIGNMENT = 64
-#: Coded bytes of one request, if a single frame has no more.
-CODED_REQUEST = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +146,8 @@ def build_unit(
             start, stop = _byte_range(piece)
             frames = stored.frames.overlapping(start, stop)
             behind += _coded_reads(piece.parameter, stored, frames, dest)
-            first = frames.start * stored.frames.step
-            end = dest + min(frames.stop * stored.frames.step, stored.nbytes) - first
+            first = stored.frames.starts()[frames.start]
+            end = dest + stored.frames.starts()[frames.stop] - first
             members.append(
                 Member(piece.parameter.name, dest + start - first, stop - start, piece.row_start, piece.row_stop)
             )
@@ -197,7 +196,8 @@ def sweep_units(
 
     Args:
         tier_of: tier of every parameter by name (`WeightPlan.tier_of`).
-        head_chunk_rows: vocabulary rows per chunk, needed when the head is streamed.
+        head_chunk_rows: vocabulary rows per chunk, needed when the head is streamed; a head that is stored in pieces
+            is used by these.
     """
     units = []
     for layer in range(manifest.num_layers):
@@ -208,7 +208,8 @@ def sweep_units(
         if head_chunk_rows <= 0:
             raise ValueError(f"{manifest.head} is streamed, so head_chunk_rows must be positive, not {head_chunk_rows}")
         head = manifest.by_name[manifest.head]
-        for piece in _split(head, head_chunk_rows):
+        piece_rows = head.stored.piece_rows if head.stored is not None else 0
+        for piece in _split(head, piece_rows or head_chunk_rows):
             units.append(build_unit(f"head rows {piece.row_start}-{piece.row_stop}", [piece], manifest.files))
     return tuple(units)
 
@@ -265,7 +266,10 @@ def _extents(piece: Piece) -> Iterator[Extent]:
 
 def _byte_range(piece: Piece) -> tuple[int, int]:
     """Where the piece is in the bytes of its parameter's form."""
-    parameter, nbytes = piece.parameter, held_nbytes(piece.parameter)
+    parameter, nbytes, stored = piece.parameter, held_nbytes(piece.parameter), piece.parameter.stored
+    if stored is not None and stored.piece_rows:
+        first, last = piece.row_start // stored.piece_rows, -(-piece.row_stop // stored.piece_rows)
+        return sum(stored.frames.pieces[:first]), sum(stored.frames.pieces[:last])
     if piece.row_start == 0 and piece.row_stop == num_rows(parameter):
         return 0, nbytes
     size = row_bytes(parameter)
@@ -285,8 +289,8 @@ def _coded(piece: Piece) -> Stored | None:
     if stored is None:
         return None
     start, stop = _byte_range(piece)
-    step = stored.frames.step
-    whole = start % step == 0 and (stop % step == 0 or stop == stored.nbytes)
+    starts = stored.frames.starts()
+    whole = all(starts[bisect_left(starts, border)] == border for border in (start, stop))
     return stored if stored.codec.name != "none" or not whole else None
 
 
@@ -314,16 +318,20 @@ def _stored_ranges(
     stored: Stored, start: int, stop: int, size: int | None
 ) -> Iterator[tuple[int, int, Extent, int | None]]:
     """Position, bytes, first extent and checksum of the frames, or parts of `size` bytes, from `start` to `stop`."""
-    step = stored.frames.step if size is None else size
-    for position in range(start, stop, step):
-        nbytes = min(step, stop - position)
-        extent = next(slice_extents(stored.extents, position, position + nbytes))
-        yield position, nbytes, extent, stored.frames.checksums[position // step] if size is None else None
+    if size is None:
+        frames, starts = stored.frames.overlapping(start, stop), stored.frames.starts()
+        checksums = stored.frames.checksums
+        parts: list[tuple[int, int, int | None]] = [(starts[i], starts[i + 1], checksums[i]) for i in frames]
+    else:
+        parts = [(at, at + size, None) for at in range(start, stop, size)]
+    for first, last, checksum in parts:
+        yield first, last - first, next(slice_extents(stored.extents, first, last)), checksum
 
 
 def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int) -> Iterator[CodedRead]:
     """Requests for these frames, decoded one behind the other from `dest` on."""
     element, offsets, frames = element_of(stored.form, parameter.dtype), stored.frames.offsets(), stored.frames
+    starts = frames.starts()
     first = indices.start
     while first < indices.stop:
         last = first + 1
@@ -338,7 +346,7 @@ def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int
             end += stop - start
         coded = []
         for index in range(first, last):
-            decoded = frames.decoded(index)
+            decoded = starts[index + 1] - starts[index]
             offset = begin + offsets[index] - offsets[first]
             coded.append(CodedFrame(offset, frames.sizes[index], frames.checksums[index], dest, decoded))
             dest += decoded

@@ -18,7 +18,7 @@ from raytier.planner.cost import BATCHES, predict_first_token, predict_step
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
 from raytier.planner.schemes import tier_schemes
-from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, resident_nbytes
+from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, reader_bytes, resident_nbytes
 from raytier.planner.solver import CLEARLY_FASTER, Capacity, Depth, Solution, Solver, depths
 from raytier.planner.step_tokens import LEAST_TOKENS, step_tokens
 
@@ -77,10 +77,11 @@ def plan_weights(
         demand=kv_demand(manifest, config),
         step_tokens=first,
         mixed_tokens=first,
-        activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
+        activation_bytes=0,
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
         schemes=tier_schemes(manifest, config),
     )
+    case = _with_tokens(case, first)
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
         fitted = _fit_tokens(case)
@@ -148,6 +149,7 @@ def _least_tokens(case: Case) -> int:
 
 def _with_tokens(case: Case, tokens: int) -> Case:
     nbytes = activation_bytes(case.manifest, tokens, case.config.scheduler.max_num_seqs)
+    nbytes += reader_bytes(case.manifest, case.schemes, case.config.tiers.nvme.io_threads)
     return replace(case, step_tokens=tokens, mixed_tokens=tokens, activation_bytes=nbytes)
 
 

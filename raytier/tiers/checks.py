@@ -70,9 +70,9 @@ class SourceChecks:
     """
 
     def __init__(self, files: Sequence[SourceFile], cache_dir: str | None) -> None:
-        self._stamps = [SourceStamp.of(file) for file in files]
         self._directory = Path(cache_dir) / "checksums" if cache_dir is not None else None
-        self.sums = [self._load(stamp) for stamp in self._stamps]
+        self._stamps = [SourceStamp.of(file) for file in files] if self._directory is not None else []
+        self.sums: list[Sums] = [self._load(stamp) for stamp in self._stamps] or [{} for _ in files]
         self._saved = [len(sums) for sums in self.sums]
         self._saving = threading.Lock()
         self._next = time.monotonic() + _SAVE_EVERY_S
@@ -88,7 +88,8 @@ class SourceChecks:
             return
         try:
             self._next = time.monotonic() + _SAVE_EVERY_S
-            for number, (stamp, sums) in enumerate(zip(self._stamps, self.sums, strict=True)):
+            for number, stamp in enumerate(self._stamps):
+                sums = self.sums[number]
                 known = sums.copy()  # others add to it meanwhile
                 if len(known) > self._saved[number]:
                     self._write(stamp, known)
@@ -104,8 +105,6 @@ class SourceChecks:
         return self._directory / f"{name:016x}.npz"
 
     def _load(self, stamp: SourceStamp) -> Sums:
-        if self._directory is None:
-            return {}
         path = self._path(stamp)
         try:
             with np.load(path, allow_pickle=False) as content:
@@ -121,8 +120,7 @@ class SourceChecks:
         return {}
 
     def _write(self, stamp: SourceStamp, sums: Sums) -> None:
-        if self._directory is None:
-            return
+        assert self._directory is not None
         self._directory.mkdir(parents=True, exist_ok=True)
         table = np.array([(*key, value) for key, value in sums.items()], np.uint64)
         with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".new", delete=False) as file:

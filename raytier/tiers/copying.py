@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from queue import Empty, SimpleQueue
 
 import numpy as np
 import xxhash
 
 from raytier.checkpoint.manifest import Extent, Parameter, SourceFile, Stored
-from raytier.codecs.codec import Encoder, Frames, checksum, frame_ranges
+from raytier.codecs.codec import RATIOS, Encoder, Frames, checksum, frame_ranges, frame_step
 from raytier.codecs.coded import DoesNotShrinkError
-from raytier.codecs.forms import Bytes
+from raytier.codecs.forms import Bytes, Form
 from raytier.codecs.scheme import Scheme, element_of, form_parts
 from raytier.errors import CheckpointError, DamagedError, TierError
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer, align_down, align_up
@@ -34,6 +33,8 @@ CHUNK_BYTES = 4 << 20
 #: Files written at once: while one is written, another is read for.
 THREADS = 3
 
+#: What is coded may turn out so much larger than expected.
+_MARGIN = 1.03
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -187,25 +188,59 @@ def _copy(
     job: CopyJob, source: Source, written: memoryview, wrote: Callable[[int, int], None], opener: Opener
 ) -> TierCopy:
     parameter, form = job.parameter, job.scheme.form
-    parts = form_parts(form, partial(source.read, parameter), parameter.nbytes, parameter.dtype, parameter.shape)
-    nbytes = parameter.nbytes if form is None else form.nbytes(parameter.shape)
-    if nbytes is None:
-        try:
-            whole = next(parts)
-        except DoesNotShrinkError:
-            return _copy(replace(job, scheme=replace(job.scheme, form=None)), source, written, wrote, opener)
-        parts, nbytes = iter([whole]), len(whole)
+    piece_rows = parameter.piece_rows(form)
     encoder = Encoder(job.scheme.codec, element_of(form, parameter.dtype))
-    step = parameter.step(nbytes)
+    step = frame_step(0, 0) if piece_rows else parameter.step(_form_nbytes(parameter, form))
     sizes: list[int] = []
     checksums: list[int] = []
-    with _Striped(job, written, wrote, opener) as striped:
-        for frame in frames_of(parts, step):
-            coded = encoder.encode(frame)
-            sizes.append(len(coded))
-            checksums.append(checksum(coded))
-            striped.append(memoryview(coded))
-        return striped.finish(Frames(nbytes, step, tuple(sizes), tuple(checksums)))
+    pieces: list[int] = []
+    try:
+        with _Striped(job, written, wrote, opener) as striped:
+            for rows in row_pieces(parameter, piece_rows):
+                pieces.append(0)
+                for frame in form_frames(parameter, form, rows, source.read, step):
+                    coded = encoder.encode(frame)
+                    pieces[-1] += len(frame)
+                    sizes.append(len(coded))
+                    checksums.append(checksum(coded))
+                    striped.append(memoryview(coded))
+            several = tuple(pieces) if piece_rows else ()
+            return striped.finish(Frames(sum(pieces), step, tuple(sizes), tuple(checksums), several), piece_rows)
+    except DoesNotShrinkError:
+        return _copy(replace(job, scheme=replace(job.scheme, form=None)), source, written, wrote, opener)
+
+
+def row_pieces(parameter: Parameter, piece_rows: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the rows that are encoded together."""
+    rows = parameter.shape[0] if parameter.shape else 1
+    for first in range(0, rows, piece_rows or max(1, rows)):
+        yield first, min(rows, first + (piece_rows or rows))
+
+
+def form_frames(
+    parameter: Parameter,
+    form: Form | None,
+    rows: tuple[int, int],
+    read: Callable[[Parameter, int, int], Bytes],
+    step: int,
+) -> Iterator[Bytes]:
+    """Rows [first, last) of a parameter in a form, in pieces of `step` bytes and a rest, each valid until the next."""
+    first, last = rows
+    count = parameter.shape[0] if parameter.shape else 1
+    begin = parameter.nbytes * first // max(1, count)
+    nbytes = parameter.nbytes * last // max(1, count) - begin
+    shape = (last - first, *parameter.shape[1:]) if parameter.shape else ()
+
+    def part(start: int, stop: int) -> Bytes:
+        return read(parameter, begin + start, begin + stop)
+
+    yield from frames_of(form_parts(form, part, nbytes, parameter.dtype, shape), step)
+
+
+def _form_nbytes(parameter: Parameter, form: Form | None) -> int:
+    """Bytes in a form, as far as they are known before."""
+    nbytes = None if form is None else form.nbytes(parameter.shape)
+    return parameter.nbytes if nbytes is None else nbytes
 
 
 def frames_of(parts: Iterable[Bytes], step: int) -> Iterator[Bytes]:
@@ -273,7 +308,7 @@ class _Striped:
         self._waiting = 0
         self._wrote(padded, 0)
 
-    def finish(self, frames: Frames) -> TierCopy:
+    def finish(self, frames: Frames, piece_rows: int) -> TierCopy:
         """Have it all on the disk under its name."""
         self._flush()
         job = self._job
@@ -285,7 +320,7 @@ class _Striped:
             with _naming(file.path):
                 os.rename(file.path, path)
         files = tuple(SourceFile(path, size) for path, size in zip(job.paths, sizes, strict=False))
-        return TierCopy(files, Stored(job.scheme.form, job.scheme.codec, frames, extents))
+        return TierCopy(files, Stored(job.scheme.form, job.scheme.codec, frames, extents, piece_rows))
 
     def __enter__(self) -> _Striped:
         return self
@@ -301,10 +336,20 @@ class _Striped:
 
 def most_nbytes(parameter: Parameter, scheme: Scheme) -> int:
     """Upper bound of the bytes that a parameter takes in its files, padding left out."""
-    nbytes = None if scheme.form is None else scheme.form.nbytes(parameter.shape)
-    nbytes = parameter.nbytes if nbytes is None else nbytes
+    nbytes = _form_nbytes(parameter, scheme.form)
+    piece_rows = parameter.piece_rows(scheme.form)
+    if piece_rows:
+        frames = nbytes // frame_step(0, 0) + 2 * -(-parameter.shape[0] // piece_rows)
+        return nbytes + frames * scheme.codec.most_bytes(0)
     step = parameter.step(nbytes)
     return sum(scheme.codec.most_bytes(stop - start) for start, stop in frame_ranges(nbytes, step))
+
+
+def expected_nbytes(parameter: Parameter, scheme: Scheme) -> int:
+    """Bytes that a parameter will take in its files, as far as can be said before it is coded."""
+    dtype = parameter.dtype if scheme.form is None else scheme.form.dtype
+    ratio = RATIOS.get(scheme.codec.name, {}).get(dtype or "", 1.0)
+    return min(most_nbytes(parameter, scheme), int(_MARGIN * ratio * _form_nbytes(parameter, scheme.form)) + ALIGNMENT)
 
 
 def _gather(

@@ -6,15 +6,14 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 
 from raytier.checkpoint.manifest import Parameter, SourceFile
 from raytier.codecs.codec import Encoder, checksum
-from raytier.codecs.scheme import element_of, form_parts
+from raytier.codecs.scheme import element_of
 from raytier.errors import DamagedError, RaytierError
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer
 from raytier.tiers.checks import SourceChecks
-from raytier.tiers.copying import CHUNK_BYTES, Source, frames_of
+from raytier.tiers.copying import CHUNK_BYTES, Source, form_frames, row_pieces
 from raytier.tiers.files import DirectFile
 from raytier.tiers.striping import slice_extents
 
@@ -46,11 +45,14 @@ def mend(parameter: Parameter, files: Sequence[SourceFile], checks: SourceChecks
             for number, path in paths.items():
                 targets[number] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 stack.callback(os.close, targets[number])
-            read = partial(source.read, parameter)
-            parts = form_parts(stored.form, read, parameter.nbytes, parameter.dtype, parameter.shape)
             encoder = Encoder(stored.codec, element_of(stored.form, parameter.dtype))
             offsets = stored.frames.offsets()
-            for index, frame in enumerate(frames_of(parts, stored.frames.step)):
+            frames = (
+                frame
+                for rows in row_pieces(parameter, stored.piece_rows)
+                for frame in form_frames(parameter, stored.form, rows, source.read, stored.frames.step)
+            )
+            for index, frame in enumerate(frames):
                 coded = memoryview(encoder.encode(frame))
                 if checksum(coded) != stored.frames.checksums[index]:
                     raise DamagedError("the checkpoint does not make the same bytes again")

@@ -190,11 +190,15 @@ class _Book:
                 return None
             files = tuple(SourceFile(str(path), int(size)) for path, size in entry["files"])
             frames = Frames(
-                entry["nbytes"], entry["step"], tuple(entry["sizes"]), tuple(int(sum_, 16) for sum_ in entry["xxh3"])
+                entry["nbytes"],
+                entry["step"],
+                tuple(entry["sizes"]),
+                tuple(int(sum_, 16) for sum_ in entry["xxh3"]),
+                tuple(entry["pieces"]),
             )
             extents = tuple(Extent(*map(int, extent)) for extent in entry["extents"])
             form = scheme.form if entry["form"] else None
-            stored = Stored(form, scheme.codec, frames, extents)
+            stored = Stored(form, scheme.codec, frames, extents, int(entry["piece_rows"]))
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: entry of %s is damaged: %r", self.path, parameter.name, error)
             return None
@@ -219,6 +223,8 @@ class _Book:
             "nbytes": frames.nbytes,
             "step": frames.step,
             "sizes": list(frames.sizes),
+            "pieces": list(frames.pieces),
+            "piece_rows": copy.stored.piece_rows,
             "xxh3": [f"{sum_:016x}" for sum_ in frames.checksums],
             "files": [[file.path, file.size] for file in copy.files],
             "extents": [[e.file, e.offset, e.nbytes] for e in copy.stored.extents],

@@ -16,7 +16,7 @@ from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvail
 from raytier.tiers.aligned import align_up
 from raytier.tiers.checks import SourceChecks
 from raytier.tiers.copies import TierCopy
-from raytier.tiers.copying import CopyJob, Opener, copy_all, most_nbytes
+from raytier.tiers.copying import CopyJob, Opener, copy_all, expected_nbytes, most_nbytes
 from raytier.tiers.owners import KeptDirectory, OwnedDirectory, owner_name, remove_leftovers
 from raytier.tiers.striping import file_sizes, stripe_extents
 
@@ -200,11 +200,11 @@ class TierFiles:
     def _place(
         self, model_id: str, parameters: Sequence[Parameter], schemes: Mapping[str, Scheme]
     ) -> dict[str, _Placed]:
-        """Directories for `parameters`, with room for what they may need at most; nothing is written."""
+        """Directories for `parameters`, with room for what they are expected to need; nothing is written."""
         with self._lock:
             held = dict(self._stored.get(model_id, {}))
             usage = self._usage()
-            stored_bytes = sum(nbytes for _, nbytes in usage) + self._others()
+        stored_bytes = self._stored_bytes()
         used = [nbytes for _, nbytes in usage]
         devices = [os.stat(directory.path).st_dev for directory in self._directories]
         room: dict[int, int] = {}  # per filesystem
@@ -218,17 +218,23 @@ class TierFiles:
                 raise CheckpointError(f"{parameter.name} has no bytes: the model directory holds no weights")
             scheme = schemes.get(parameter.name, PLAIN)
             job, chosen = self._spread(model_id, parameter, scheme, used, devices, room)
-            for number, size in zip(chosen, job.most, strict=True):
+            for number, size in zip(chosen, _expected(job), strict=True):
                 used[number] += size
                 room[devices[number]] -= size
             placed[parameter.name] = _Placed(job, chosen)
-        needed = sum(sum(one.job.most) for one in placed.values())
+        needed = sum(sum(_expected(one.job)) for one in placed.values())
         if self._capacity is not None and stored_bytes + needed > self._capacity:
             raise ResourceNotAvailableError(
                 f"{model_id}: {needed} bytes are to be copied to {self._names()}, "
                 f"{max(0, self._capacity - stored_bytes)} of the tier's {self._capacity} are free; {self._advice}"
             )
         return placed
+
+    def _stored_bytes(self) -> int:
+        """What counts towards the capacity."""
+        with self._lock:
+            own = sum(nbytes for _, nbytes in self._usage())
+        return own + self._others()
 
     def _spread(
         self,
@@ -248,7 +254,7 @@ class TierFiles:
             sizes = file_sizes(extents)
             chosen = tuple(candidates[: len(sizes)])
             needed: dict[int, int] = {}
-            for number, size in zip(chosen, sizes, strict=True):
+            for number, size in zip(chosen, _shares(parameter, scheme, sizes), strict=True):
                 needed[devices[number]] = needed.get(devices[number], 0) + size
             full = [device for device, nbytes in needed.items() if nbytes > room[device]]
             if not full:
@@ -298,6 +304,11 @@ class TierFiles:
                 checks = SourceChecks(sources, self._cache_dir)
                 copy_all(jobs, sources, wrote, finished, self._closing.is_set, self._opener, checks)
                 checks.save()
+                written = sum(file.size for copy in copies.values() for file in copy.files)
+                if self._capacity is not None and self._stored_bytes() + written > self._capacity:
+                    raise ResourceNotAvailableError(
+                        f"{written} bytes, more than expected, exceed the tier's {self._capacity}; {self._advice}"
+                    )
             except OSError as error:
                 raise self._no_room(error, total - done) from error
             undo.pop_all()
@@ -419,6 +430,16 @@ class TierFiles:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _expected(job: CopyJob) -> list[int]:
+    return _shares(job.parameter, job.scheme, job.most)
+
+
+def _shares(parameter: Parameter, scheme: Scheme, most: Sequence[int]) -> list[int]:
+    """Bytes in each file that a parameter is expected to take, given the most."""
+    expected = align_up(expected_nbytes(parameter, scheme))
+    return [min(size, align_up(expected * size // max(1, sum(most)))) for size in most]
 
 
 def _free_bytes(path: str) -> int:
