@@ -179,21 +179,31 @@ class PrecisionSection(_Section):
     adaptive_rules: tuple[AdaptiveRule, ...] = ()
 
 
-Compression = Literal["none", "zstd", "zstd-planes", "auto"]
+MemoryCompression = Literal["none", "coded-exponents"]
+Compression = Literal["none", "coded-exponents", "zstd", "zstd-planes", "auto"]
 
 
 class CompressionSection(_Section):
-    """How the files of a tier are compressed (null: `default`), without loss. `level`: of zstd.
+    """How parameters are compressed on a tier (null: `default`), without loss. `level`: of zstd.
 
-    `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32. `auto`: that
-    one where the measured rates of the disk and of decoding say that it pays. `enabled: false` turns all of it off.
+    In files: `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32;
+    `auto`: that one where the measured rates of the disk and of decoding say that it pays. On device and host a default
+    of these means none. On every tier: `coded-exponents` makes bf16 matrices smaller that are computed on as they are,
+    on processors with AVX512 VBMI2; elsewhere it means none. `enabled: false` turns all of it off.
     """
 
     enabled: bool = True
     default: Compression = "none"
+    device: MemoryCompression | None = None
+    host: MemoryCompression | None = None
     ramdisk: Compression | None = None
     nvme: Compression | None = None
     level: int = Field(1, ge=1, le=19)
+
+    def of(self, tier: str) -> Compression:
+        """What is done on a tier."""
+        wish: Compression = (getattr(self, tier) or self.default) if self.enabled else "none"
+        return "none" if tier in ("device", "host") and wish != "coded-exponents" else wish
 
 
 class Placement(_Section):
@@ -214,12 +224,31 @@ class Prefetch(_Section):
 
 
 class KVCache(_Section):
-    """Paged KV. The split of the device budget between weights and KV follows from the expected load."""
+    """Paged KV. The split of the device budget between weights and KV follows from the expected load.
+
+    `prefix_caching`: prompts begin with the KV of earlier ones as far as they are the same, in whole blocks and at
+    least `min_prefix_blocks` of them; up to `max_cached_blocks` blocks that no sequence uses are kept for that (null:
+    all). `sharing`: the samples of a request share the blocks of its prompt.
+    `high_free_fraction`, `critical_free_fraction`: where less than these is free, pressure is high or critical; while
+    it is critical no further sequence begins.
+    """
 
     block_size: int = Field(16, ge=1, le=1024)
     max_blocks: int | None = Field(None, ge=2)
     expected_sequences: int | Auto = "auto"  # auto: min(8, max_num_seqs)
     expected_context: int | Auto = "auto"  # tokens; auto: min(2048, the model's context)
+    prefix_caching: bool = True
+    sharing: bool = True
+    min_prefix_blocks: int = Field(1, ge=1)
+    max_cached_blocks: int | None = Field(None, ge=0)
+    high_free_fraction: float = Field(0.3, ge=0, le=1)
+    critical_free_fraction: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _critical_is_less(self) -> KVCache:
+        if self.critical_free_fraction > self.high_free_fraction:
+            raise ValueError("critical_free_fraction must not be above high_free_fraction")
+        return self
 
 
 class Scheduler(_Section):
@@ -359,10 +388,9 @@ class AppConfig(_Section):
 
     def converts(self, tier: Literal["ramdisk", "nvme"]) -> bool:
         """Whether files of a tier may hold parameters in another form than the checkpoint, or coded."""
-        precision, compression = self.precision, self.compression
+        precision = self.precision
         form = getattr(precision, tier) or precision.default
-        codec = getattr(compression, tier) or compression.default
-        return (precision.enabled and form != "source") or (compression.enabled and codec != "none")
+        return (precision.enabled and form != "source") or self.compression.of(tier) != "none"
 
     @property
     def model(self) -> ModelEntry:

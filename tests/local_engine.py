@@ -17,7 +17,7 @@ from raytier.execution import sources
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 from raytier.planner.budgets import planned_paths
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
@@ -41,6 +41,7 @@ class LocalEngine:
     runner: ModelRunner
     plan: WeightPlan
     manifest: ModelManifest
+    kv: KVCache
 
     @property
     def swept_bytes(self) -> int:
@@ -97,9 +98,10 @@ def local_engine(
         plan = replace(plan, devices=(share,))
     nvme = config.tiers.nvme
     on_host = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.HOST]
-    ranges = RangeAllocator(sum(align_up(p.nbytes) for p in on_host))
+    held = {p.name: plan.schemes.held_nbytes(p, Tier.HOST) for p in on_host}
+    ranges = RangeAllocator(sum(map(align_up, held.values())))
     arena = Arena.create("raytier-test", ranges.capacity) if ranges.capacity else None
-    places = {p.name: ranges.allocate(p.name, p.nbytes) for p in on_host}
+    places = {p.name: ranges.allocate(p.name, held[p.name]) for p in on_host}
     copies: dict[str, TierCopy] = {}
     if store is not None:
         schemes = plan.schemes.by_tier[Tier.NVME]
@@ -110,19 +112,20 @@ def local_engine(
         manifest,
         plan,
         device=device,
-        host_views={p.name: arena.view[places[p.name] : places[p.name] + p.nbytes] for p in on_host if arena},
+        host_views={p.name: arena.view[places[p.name] : places[p.name] + held[p.name]] for p in on_host if arena},
         copies=copies,
         io_threads=nvme.io_threads,
         io_bytes=int(nvme.io_mb * 2**20),
         tokenizer=description.tokenizer,
     )
-    pool = BlockPool(share.block_size)
-    pool.add_extent(1, share.kv_blocks - 1)
+    kv = KVCache.of(manifest, share.block_size, config.kv)
+    for pool in kv.pools:
+        pool.add_extent(1, share.kv_blocks - 1)
     engine = Engine(
         "test",
         runner,
         Tokenizer(description.tokenizer),
-        pool,
+        kv,
         description.defaults,
         EngineConfig(
             config.scheduler,
@@ -133,7 +136,7 @@ def local_engine(
         ),
     )
     try:
-        yield LocalEngine(engine, runner, plan, manifest)
+        yield LocalEngine(engine, runner, plan, manifest, kv)
     finally:
         engine.close()
         runner.close()

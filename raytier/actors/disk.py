@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from raytier.checkpoint.manifest import ModelManifest
-from raytier.codecs.scheme import Scheme
+from raytier.codecs.scheme import Scheme, use_kernels
 from raytier.config import MIB, NvmeTier, RamdiskTier
 from raytier.errors import CheckpointError, ConfigurationError, InvalidRequestError, TierError
 from raytier.tiers import owners
@@ -80,22 +80,20 @@ class DiskTierActor:
     """
 
     def __init__(
-        self,
-        name: str,
-        tier: NvmeTier | RamdiskTier,
-        store: Sequence[str] = (),
-        cache_dir: str | None = None,
+        self, name: str, tier: NvmeTier | RamdiskTier, store: Sequence[str] = (), cache_dir: str | None = None
     ) -> None:
         """Begin with what the configuration says.
 
         Args:
             tier: the section that this actor stands for.
             store: directories for what the disk holds in another form or coded.
-            cache_dir: where it is kept what checkpoints hold; None: nowhere.
+            cache_dir: where compiled kernels, and what checkpoints hold, are kept; None: nowhere.
 
         Raises:
             ConfigurationError, ResourceNotAvailableError: a directory or a mount cannot be had; says which and why.
         """
+        if cache_dir is not None:
+            use_kernels(cache_dir)
         self._name = name
         self._tier = "ramdisk" if isinstance(tier, RamdiskTier) else "nvme"
         self._keep = isinstance(tier, RamdiskTier) and not tier.cleanup_on_exit

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from raytier.errors import EngineDeadError
-from raytier.kv.ledger import Extent, KVStats, LeaseLedger, LedgerDelta
+from raytier.kv.ledger import Extent, GroupShape, KVStats, LeaseLedger, LedgerDelta
 
 
 class KVBlockActor:
@@ -17,21 +19,21 @@ class KVBlockActor:
     def __repr__(self) -> str:
         return f"KVBlockActor({self._shape})"
 
-    def open(self, num_blocks: int, block_size: int, block_bytes: int) -> None:
-        """Begin anew with the blocks of a model, the null block included; sizes in tokens and bytes."""
-        self._ledger = LeaseLedger(num_blocks, block_size, block_bytes)
-        self._shape = f"{num_blocks} blocks of {block_size} tokens"
+    def open(self, groups: Sequence[GroupShape], block_size: int) -> None:
+        """Begin anew with the blocks of a model, of `block_size` tokens."""
+        self._ledger = LeaseLedger(groups, block_size)
+        self._shape = f"{sum(group.num_blocks for group in groups)} blocks of {block_size} tokens"
 
     def close(self) -> None:
         """The model is gone, and its blocks with it."""
         self._ledger = None
         self._shape = "no model"
 
-    def lease(self, engine_id: str, epoch: int, count: int) -> tuple[Extent, ...]:
-        """Lease `count` blocks; see `LeaseLedger.lease`."""
+    def lease(self, engine_id: str, epoch: int, count: int, group: int = 0) -> tuple[Extent, ...]:
+        """Lease `count` blocks of a group; see `LeaseLedger.lease`."""
         if self._ledger is None:
             raise EngineDeadError(f"{self._name} has no blocks to lease to {engine_id}: no model is loaded")
-        return self._ledger.lease(engine_id, epoch, count)
+        return self._ledger.lease(engine_id, epoch, count, group)
 
     def report(self, engine_id: str, epoch: int, step: int, delta: LedgerDelta) -> None:
         """What an engine allocated and freed in one step; idempotent by (epoch, step)."""

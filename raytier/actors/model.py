@@ -22,7 +22,8 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import Rates
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import GroupShape
 from raytier.planner.budgets import DeviceKind, disk_directories, planned_paths, ramdisk_directory
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
@@ -146,7 +147,11 @@ class LoadedModel:
     def _start(self) -> None:
         actors, plan, config, manifest = self._actors, self.plan, self._config, self.description.manifest
         share = plan.devices[0]
-        opening = actors.kv.open.remote(share.kv_blocks, share.block_size, share.kv_bytes // share.kv_blocks)
+        windows = manifest.kv_windows
+        shapes = [
+            GroupShape(share.kv_blocks, share.block_size * manifest.kv_group_token_bytes(window)) for window in windows
+        ]
+        opening = actors.kv.open.remote(shapes, share.block_size)
         grants: dict[str, ArenaGrant] = {}
         copies: dict[str, TierCopy] = {}
         for place in self._places.values():
@@ -169,18 +174,19 @@ class LoadedModel:
         tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
         answer_of(opening, _CALL_TIMEOUT_S)
         epoch = time.time_ns()
-        pool = BlockPool(share.block_size)
-        # Block 0 is the null block: it is never leased.
-        leasing = actors.kv.lease.remote(self.model_id, epoch, share.kv_blocks - 1)
-        for extent in answer_of(leasing, _CALL_TIMEOUT_S):
-            pool.add_extent(extent.start, extent.count)
+        kv = KVCache.of(manifest, share.block_size, config.kv)
+        for group, (shape, pool) in enumerate(zip(shapes, kv.pools, strict=True)):
+            # Block 0 is the null block: it is never leased.
+            leasing = actors.kv.lease.remote(self.model_id, epoch, shape.num_blocks - 1, group)
+            for extent in answer_of(leasing, _CALL_TIMEOUT_S):
+                pool.add_extent(extent.start, extent.count)
         answer_of(self._loading, _LOAD_TIMEOUT_S)
         self._executor = RemoteExecutor(actors.device)
         self._engine = Engine(
             model_id=self.model_id,
             executor=self._executor,
             tokenizer=tokenizer,
-            block_pool=pool,
+            kv=kv,
             defaults=self.description.defaults,
             config=EngineConfig(
                 config.scheduler,
@@ -280,7 +286,7 @@ def _places(
     actors: NodeActors, model_id: str, manifest: ModelManifest, config: AppConfig, schemes: TierSchemes
 ) -> dict[Tier, Place]:
     """Tiers outside of the device in which room has to be obtained."""
-    places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest)}
+    places: dict[Tier, Place] = {Tier.HOST: HostPlace(actors.host, model_id, manifest, schemes)}
     if actors.ramdisk is not None:
         ramdisk = schemes.by_tier.get(Tier.RAMDISK, {})
         places[Tier.RAMDISK] = FilePlace(Tier.RAMDISK, actors.ramdisk, model_id, manifest, ramdisk)

@@ -9,8 +9,7 @@ from raytier.actors.device import ArenaGrant, Move
 from raytier.actors.executor import answer_of
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.codecs.scheme import Scheme
-from raytier.execution.layout import host_nbytes
-from raytier.planner.plan import Tier
+from raytier.planner.plan import Tier, TierSchemes
 from raytier.tiers.copies import TierCopy
 
 
@@ -37,13 +36,14 @@ class HostPlace:
 
     tier = Tier.HOST
 
-    def __init__(self, actor: Any, model_id: str, manifest: ModelManifest) -> None:
+    def __init__(self, actor: Any, model_id: str, manifest: ModelManifest, schemes: TierSchemes) -> None:
         self._actor = actor
         self._model_id = model_id
         self._manifest = manifest
+        self._schemes = schemes
 
     def obtain(self, names: Iterable[str]) -> Move:
-        sizes = {name: host_nbytes(self._manifest.by_name[name]) for name in names}
+        sizes = {name: self._schemes.held_nbytes(self._manifest.by_name[name], Tier.HOST) for name in names}
         grants: Mapping[str, ArenaGrant] = answer_of(self._actor.reserve.remote(self._model_id, sizes))
         return Move(tuple(sizes), self.tier, grants=grants)
 

@@ -14,10 +14,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 from transformers import initialization as init
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, build_glob_alternation
+from transformers.core_model_loading import build_glob_alternation
+from transformers.integrations.moe import ExpertsInterface
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -29,26 +37,54 @@ from raytier.errors import CheckpointError, RaytierError, UnsupportedModelError
 
 #: Name of raytier's attention in transformers' registry; `raytier.execution.attention` registers it.
 ATTENTION_NAME = "raytier"
-#: Attention during the build and the probe: it only needs to exist, so that transformers accepts the name.
+#: Name of raytier's experts in transformers' registry; `raytier.execution.experts` registers them.
+EXPERTS_NAME = "raytier"
+#: Both during the build and the probe: they only need to exist, so that transformers accepts the name.
 PROBE_NAME = "raytier_probe"
 
 
 class ProbeHook(threading.local):
-    """Where the probe attention of this thread hands its arguments; set by `probe_attention`."""
+    """Where the probes of this thread hand what they were called with; set by `probe`."""
 
-    record: Callable[..., tuple[torch.Tensor, None]] | None = None
+    attention: Callable[..., tuple[torch.Tensor, None]] | None = None
+    experts: Callable[..., torch.Tensor] | None = None
+    mask: Callable[..., torch.Tensor] | None = None
 
 
 probe_hook = ProbeHook()
 
 
-def _probe(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    if probe_hook.record is None:
-        raise RuntimeError(f"attention {PROBE_NAME} called outside of probe_attention")
-    return probe_hook.record(*args, **kwargs)
+def _probe_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    if probe_hook.attention is None:
+        raise RuntimeError(f"attention {PROBE_NAME} called outside of a probe")
+    return probe_hook.attention(*args, **kwargs)
 
 
-AttentionInterface.register(PROBE_NAME, _probe)
+def _probe_experts(*args: Any, **kwargs: Any) -> torch.Tensor:
+    if probe_hook.experts is None:
+        raise RuntimeError(f"experts {PROBE_NAME} called outside of a probe")
+    return probe_hook.experts(*args, **kwargs)
+
+
+def _probe_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    if probe_hook.mask is None:
+        raise RuntimeError(f"masks of {PROBE_NAME} called outside of a probe")
+    return probe_hook.mask(*args, **kwargs)
+
+
+def _packed_sequences(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """transformers' test for packed sequences looks at the values; positions without data are one sequence."""
+    return None if position_ids.is_meta else _find_packed_sequences(position_ids)
+
+
+_find_packed_sequences = masking_utils.find_packed_sequence_indices
+masking_utils.find_packed_sequence_indices = _packed_sequences
+AttentionMaskInterface.register(PROBE_NAME, _probe_mask)
+AttentionInterface.register(PROBE_NAME, _probe_attention)
+ExpertsInterface.register(PROBE_NAME, _probe_experts)
+
+#: Tensors among the keyword arguments of attention that do not change its result in inference.
+NEUTRAL = frozenset({"position_ids", "logits_to_keep"})
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -115,10 +151,11 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     name = model_class.__name__
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise unsupported(model_type, "an encoder or encoder-decoder model, which raytier does not run")
-    if not _is_causal_name(name) or config.get_text_config(decoder=True) is not config:
-        raise unsupported(
-            model_type, f"{name} does more than continue text (multimodal, or a decoder of another model)"
-        )
+    if not _is_causal_name(name):
+        raise unsupported(model_type, f"{name} is the decoder of another model")
+    inner = text_config(config)
+    if inner is not config and isinstance(inner, cast(type, model_class.config_class)):
+        raise unsupported(model_type, f"{name} runs one part of it, of a config of its own")
     architectures = config.architectures or []
     if architectures and not any(_is_causal_name(a) for a in architectures):
         raise unsupported(
@@ -130,7 +167,13 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _is_causal_name(name: str) -> bool:
-    return name.endswith(("ForCausalLM", "LMHeadModel"))
+    # What can take images or sound beside text is run as far as it continues text.
+    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part that continues text: `config` itself, unless the model has other parts beside it."""
+    return config.get_text_config(decoder=True)
 
 
 def check_supported(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
@@ -144,21 +187,18 @@ def check_supported(config: PreTrainedConfig, model_class: type[PreTrainedModel]
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise unsupported(what, f"quantised checkpoint ({method})", "the model's unquantised checkpoint")
-    if getattr(model_class, "_is_stateful", False):
+    config = text_config(config)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if getattr(model_class, "_is_stateful", False) and not (layer_types and layer_types <= _LAYER_TYPES):
         raise unsupported(what, "it carries recurrent or convolution state, raytier pages attention's KV only")
     if not model_class._supports_attention_backend:
         raise unsupported(what, "its transformers class does not support the attention interface")
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if foreign:
+    if foreign := sorted(layer_types - _LAYER_TYPES):
         raise unsupported(what, f"layer types {', '.join(foreign)}; only full and sliding attention run")
     for rope_type in _rope_types(getattr(config, "rope_parameters", None)):
         if rope_type in _BATCH_ROPE:
             reason = f"rope_type {rope_type} depends on the longest sequence of a batch, which changes the others"
             raise unsupported(what, reason, _BATCH_ROPE[rope_type])
-    if getattr(config, "use_bidirectional_attention", None):
-        raise unsupported(what, "use_bidirectional_attention is on, raytier runs causal attention")
-    if getattr(config, "num_kv_shared_layers", None):
-        raise unsupported(what, f"{config.num_kv_shared_layers} layers share the KV cache of others")
 
 
 def _rope_types(parameters: object) -> Iterator[str]:
@@ -192,10 +232,17 @@ def construct(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     """`build_meta` with the buffers still on `meta`, as `probe_attention` needs it."""
     model_class = causal_lm_class(config)
     check_supported(config, model_class)
+    config = copy.deepcopy(config)
+    if getattr(text_config(config), "use_bidirectional_attention", None) == "vision":
+        # The tokens of an image see each other; of text none, and there is nothing else here.
+        text_config(config).use_bidirectional_attention = None
     try:
         with torch.device("meta"), init.meta_device_safe_creation_ops():
             model = model_class._from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), dtype=COMPUTE_DTYPES[dtype], attn_implementation=PROBE_NAME
+                config,
+                dtype=COMPUTE_DTYPES[dtype],
+                attn_implementation=PROBE_NAME,
+                experts_implementation=PROBE_NAME,
             )
     except RaytierError:
         raise
@@ -203,31 +250,34 @@ def construct(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
         raise unsupported(
             model_class.__name__, f"cannot be built from its config: {type(error).__name__}: {one_line(error)}"
         ) from error
-    # transformers checks the name only while building, so raytier's own function may be registered later.
+    # transformers checks the names only while building, so raytier's own functions may be registered later.
     model.config._attn_implementation = ATTENTION_NAME
+    model.config._experts_implementation = EXPERTS_NAME
     model.eval().requires_grad_(False)
-    _check_built(model, COMPUTE_DTYPES[dtype])
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # it looks at the tokens, and there is no padding
+            module.warn_if_padding_and_no_attention_mask = lambda *_: None
     return cast(PreTrainedModel, model)
 
 
-def _check_built(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Refuse what transformers would load in a way that a manifest of plain extents cannot express."""
-    what = type(model).__name__
-    if any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(model, add_legacy=False)):
-        names = [name for name, _ in model.named_parameters()]
-        fused = next((name for name, p in model.named_parameters() if p.ndim == 3), names[0])
-        raise unsupported(
-            what, f"mixture-of-experts and converted checkpoints come later ({fused} is assembled from several tensors)"
-        )
+def own_dtypes(model: PreTrainedModel, dtype: str) -> dict[str, str]:
+    """Dtypes of the parameters and stored buffers that are not loaded in `dtype`, as `from_pretrained` loads them."""
+    plan = model._get_dtype_plan(COMPUTE_DTYPES[dtype])
+    pattern, groups, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})
+    found: dict[str, str] = {}
+    for name, tensor in stored_tensors(model):
+        match = pattern.search(name) if pattern is not None else None
+        wanted = plan[groups[str(match.lastgroup)]] if match is not None else tensor.dtype
+        if wanted != COMPUTE_DTYPES[dtype]:
+            found[name] = str(wanted).removeprefix("torch.")
+    return found
+
+
+def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that a checkpoint holds: parameters, under all of their names, and persistent buffers."""
+    yield from model.named_parameters(remove_duplicate=False)
     transient = {name for name, _ in model.named_non_persistent_buffers()}
-    stored = [name for name, _ in model.named_buffers() if name not in transient]
-    if stored:
-        raise unsupported(what, f"buffers stored in the checkpoint ({stored[0]} and {len(stored) - 1} more)")
-    plan = model._get_dtype_plan(dtype)
-    pattern = build_glob_alternation(list(plan))[0] if plan else None
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != dtype or (pattern is not None and pattern.search(name)):
-            raise unsupported(what, f"{name} keeps a dtype of its own; raytier computes in one dtype")
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in transient)
 
 
 @torch.no_grad()
@@ -276,13 +326,14 @@ def layer_prefix(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModelError: no or no single list of `num_hidden_layers` layers.
     """
-    count: int = model.config.num_hidden_layers
-    inside = {id(module) for module in model.get_decoder().modules()}  # type: ignore[no-untyped-call]
+    config = text_config(model.config)
+    # Where a layer attends twice, `num_hidden_layers` counts its halves.
+    count: int = getattr(config, "num_layers", None) or config.num_hidden_layers
     lists: list[str] = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count
     ]
+    inside = {id(module) for module in model.get_decoder().modules()}  # type: ignore[no-untyped-call]
+    lists = [name for name in lists if id(model.get_submodule(name)) in inside] or lists
     depth = min((name.count(".") for name in lists), default=0)
     lists = [name for name in lists if name.count(".") == depth]
     known = [name for name in lists if re.search(r"(^|\.)(layers|h|blocks)$", name)]

@@ -10,39 +10,52 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from raytier.checkpoint.architecture import (
     COMPUTE_DTYPES,
     construct,
+    decoder_layers,
     layer_prefix,
     load_config,
+    own_dtypes,
     restore_buffers,
+    stored_tensors,
+    text_config,
     unsupported,
 )
+from raytier.checkpoint.assembly import NotExpressible, StoredTensor
 from raytier.checkpoint.defaults import read_generation_defaults, read_metadata
-from raytier.checkpoint.manifest import Extent, ModelDescription, ModelManifest, Parameter, Role, SourceFile
-from raytier.checkpoint.probe import probe_attention
-from raytier.checkpoint.safetensors_index import CheckpointIndex, TensorEntry, read_index
+from raytier.checkpoint.manifest import (
+    ExpertBank,
+    ExpertPart,
+    Extent,
+    ModelDescription,
+    ModelManifest,
+    Parameter,
+    Role,
+    SourceFile,
+)
+from raytier.checkpoint.probe import probe
+from raytier.checkpoint.safetensors_index import CheckpointIndex, read_index
+from raytier.checkpoint.sample import sample_ratios
+from raytier.checkpoint.stored import some, stored_by_name
 from raytier.checkpoint.tokenizer import describe_tokenizer
 from raytier.errors import CheckpointError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
-_SHOWN = 5
 _COMPARE_BYTES = 8 * 2**20
 
 
 def describe_model(model_dir: str) -> ModelDescription:
-    """Everything needed to plan for and to talk to the model in `model_dir`. Reads headers, not weights.
+    """Everything needed to plan for and to talk to the model in `model_dir`. Reads headers and a sample of weights.
 
-    (One exception: where the config ties two parameters and the checkpoint stores both, they are compared.)
+    Where the config ties two parameters and the checkpoint stores both, they are compared.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not hold what the model needs.
@@ -54,9 +67,9 @@ def describe_model(model_dir: str) -> ModelDescription:
     wishes = read_metadata(root)
     index = read_index(root)
     manifest = _manifest(root, config, wishes.max_context, index)
-    class_eos = getattr(config, "eos_token_id", None)
+    class_eos = getattr(text_config(config), "eos_token_id", None)
     return ModelDescription(
-        manifest=manifest,
+        manifest=replace(manifest, ratios=sample_ratios(manifest.parameters, manifest.files)),
         tokenizer=describe_tokenizer(root, class_eos),
         defaults=read_generation_defaults(root, class_eos),
         max_num_seqs=wishes.max_num_seqs,
@@ -80,74 +93,145 @@ def _manifest(
 ) -> ModelManifest:
     dtype = _compute_dtype(config, index)
     model = construct(config, dtype)
-    kv_layers = probe_attention(model)
+    probed = probe(model)
     # Not used here, but a model whose buffers cannot be restored is refused now and not when it loads.
     restore_buffers(model)
-    groups = _tied_groups(model)
-    # A stored tensor keeps its stored dtype; without a checkpoint the compute dtype is the best guess.
+    groups = [group for group in _tied_groups(model) if not any(probed.is_unused(name) for name in group)]
     if index is None:
-        parameters = [_Bound(group[0], tuple(group[1:]), None) for group in groups]
+        bound = [_Bound(group[0], tuple(group[1:]), None) for group in groups]
     else:
-        parameters = _bind(root, model, groups, index)
+        bound = _bind(root, model, groups, index, own_dtypes(model, dtype))
 
-    embedding = _name_of(model, "get_input_embeddings", parameters)
-    head = _name_of(model, "get_output_embeddings", parameters)
-    prefix = re.compile(re.escape(layer_prefix(model)) + r"\.(\d+)\.")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    embedding = _name_of(model, "get_input_embeddings", bound)
+    head = _name_of(model, "get_output_embeddings", bound)
+    maker = _Maker(
+        type(model).__name__,
+        dtype,
+        own_dtypes(model, dtype),
+        {name: tuple(tensor.shape) for name, tensor in stored_tensors(model)},
+        re.compile(re.escape(layer_prefix(model)) + r"\.(\d+)\."),
+        {embedding: Role.EMBEDDING} if embedding == head else {embedding: Role.EMBEDDING, head: Role.HEAD},
+        {bank.name for bank in probed.experts},
+        {embedding: "looked at beside the lookup of rows"} if probed.embedding_read else {},
+        _linear_weights(model, embedding) | _linear_experts(model, probed.experts),
+    )
     return ModelManifest(
         model_dir=root,
         architecture=type(model).__name__,
         model_type=config.model_type,
         files=index.files if index else (),
-        parameters=tuple(_parameter(b, shapes[b.name], dtype, prefix, embedding, head) for b in parameters),
-        num_layers=len(kv_layers),
-        hidden_size=config.hidden_size,
-        vocab_size=shapes[head][0],
-        max_context=_max_context(root, config, wished_context),
+        parameters=tuple(parameter for b in bound for parameter in maker.parameters(b)),
+        num_layers=len(decoder_layers(model)),
+        hidden_size=text_config(config).hidden_size,
+        vocab_size=maker.shapes[head][0],
+        max_context=_max_context(root, text_config(config), wished_context),
         compute_dtype=dtype,
-        kv_layers=kv_layers,
+        kv_layers=probed.kv_layers,
         embedding=embedding,
         head=head,
+        experts=probed.experts,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A parameter of the model, the further names it goes by, and its stored tensor."""
+    """A tensor of the model, the further names it goes by, and where it is stored."""
 
     name: str
     aliases: tuple[str, ...]
-    entry: TensorEntry | None
+    stored: StoredTensor | None
 
 
-def _parameter(
-    bound: _Bound, shape: tuple[int, ...], dtype: str, prefix: re.Pattern[str], embedding: str, head: str
-) -> Parameter:
-    match = prefix.match(bound.name)
-    role = Role.OTHER
-    if match:
-        role = Role.LAYER
-    elif bound.name == embedding:
-        role = Role.EMBEDDING
-    elif bound.name == head:
-        role = Role.HEAD
-    entry = bound.entry
-    return Parameter(
-        name=bound.name,
-        shape=shape,
-        dtype=entry.dtype if entry else dtype,
-        role=role,
-        layer=int(match[1]) if match else None,
-        extents=(Extent(entry.file, entry.offset, entry.nbytes),) if entry else (),
-        aliases=bound.aliases,
-    )
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the manifest's parameters of the model's tensors; those of routed experts come apart."""
+
+    what: str
+    dtype: str
+    own_dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    layers: re.Pattern[str]
+    roles: Mapping[str, Role]
+    banks: Collection[str]
+    resident: Mapping[str, str]
+    matrices: Collection[str]
+
+    def parameters(self, bound: _Bound) -> list[Parameter]:
+        try:
+            return list(self._parameters(bound))
+        except NotExpressible as error:
+            raise unsupported(self.what, f"{bound.name} cannot be read in place: {error}") from None
+
+    def _parameters(self, bound: _Bound) -> Iterator[Parameter]:
+        owner, _, leaf = bound.name.rpartition(".")
+        shape = self.shapes[bound.name]
+        if owner not in self.banks or len(shape) < 3:
+            resident = self.resident.get(bound.name) or ("biases of experts" if owner in self.banks else None)
+            yield self._parameter(bound, bound.name, shape, bound.stored, resident=resident)
+            return
+        experts = [None] * shape[0] if bound.stored is None else bound.stored.unstack()
+        for expert, stored in enumerate(experts):
+            name = f"{owner}.{expert}.{leaf}"
+            # What lies in several pieces is computed with piece by piece: nothing needs to be copied together.
+            blocks = [None] if stored is None else stored.blocks()
+            for part, block in enumerate(blocks):
+                yield self._parameter(
+                    bound,
+                    name if len(blocks) == 1 else f"{name}.{part}",
+                    shape[1:] if block is None else tuple(block.shape),
+                    block,
+                    expert=ExpertPart(owner, leaf, expert, part),
+                )
+
+    def _parameter(
+        self,
+        bound: _Bound,
+        name: str,
+        shape: tuple[int, ...],
+        stored: StoredTensor | None,
+        *,
+        expert: ExpertPart | None = None,
+        resident: str | None = None,
+    ) -> Parameter:
+        match = self.layers.match(name)
+        own = self.own_dtypes.get(bound.name)
+        return Parameter(
+            name=name,
+            shape=shape,
+            # A stored tensor keeps its stored dtype; without a checkpoint the computed dtype is the best guess.
+            dtype=stored.dtype if stored else own or self.dtype,
+            role=Role.LAYER if match else self.roles.get(name, Role.OTHER),
+            layer=int(match[1]) if match else None,
+            extents=stored.extents() if stored else (),
+            aliases=bound.aliases,
+            own_dtype=own,
+            expert=expert,
+            resident=resident,
+            matrix=all(name in self.matrices for name in (bound.name, *bound.aliases)),
+        )
+
+
+def _linear_weights(model: PreTrainedModel, embedding: str) -> set[str]:
+    """Names of the weights of linear layers (of subclasses none: they may compute something else), and `embedding`."""
+    return {embedding} | {f"{path}.weight" for path, m in model.named_modules() if type(m) is torch.nn.Linear}
+
+
+def _linear_experts(model: PreTrainedModel, banks: Sequence[ExpertBank]) -> set[str]:
+    """Names of the fused weights of routed experts that are `[expert, outputs, inputs]`."""
+    modules = ((bank.name, model.get_submodule(bank.name)) for bank in banks)
+    return {
+        f"{path}.{leaf}"
+        for path, m in modules
+        if not m.is_transposed
+        for leaf in ("gate_up_proj", "up_proj", "down_proj")
+    }
 
 
 def _tied_groups(model: PreTrainedModel) -> list[list[str]]:
-    """Names of each parameter of the model, in its order; the first name is the canonical one."""
+    """Names of each stored tensor of the model, in its order; the first name is the canonical one."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
+    for name, tensor in stored_tensors(model):
+        groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())
 
 
@@ -161,10 +245,16 @@ def _name_of(model: PreTrainedModel, getter: str, parameters: Sequence[_Bound]) 
     return next(b.name for b in parameters if name == b.name or name in b.aliases)
 
 
-def _bind(root: str, model: PreTrainedModel, groups: list[list[str]], index: CheckpointIndex) -> list[_Bound]:
+def _bind(
+    root: str,
+    model: PreTrainedModel,
+    groups: list[list[str]],
+    index: CheckpointIndex,
+    own_dtypes: Mapping[str, str],
+) -> list[_Bound]:
     """Find the stored tensor of every parameter; tied names whose stored tensors differ come apart."""
-    stored = _by_model_name(root, model, index)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    stored = stored_by_name(root, model, index)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model)}
     bound: list[_Bound] = []
     missing: list[str] = []
     for group in groups:
@@ -173,7 +263,7 @@ def _bind(root: str, model: PreTrainedModel, groups: list[list[str]], index: Che
             missing.append(group[0])
             continue
         for name in present:
-            _check_entry(root, name, stored[name], shapes[name], index.files)
+            _check_stored(root, name, stored[name], shapes[name], own_dtypes.get(name), index.files)
         # As from_pretrained does: the config's tie holds unless the checkpoint stores two different tensors.
         first = stored[present[0]]
         apart = [name for name in present[1:] if not _same_bytes(index.files, first, stored[name])]
@@ -191,66 +281,40 @@ def _bind(root: str, model: PreTrainedModel, groups: list[list[str]], index: Che
         looked = [os.path.basename(f.path) for f in index.files]
         raise CheckpointError(
             f"{root}: {len(missing)} parameters of {type(model).__name__} are not in the checkpoint: "
-            f"{_some(missing)}; looked in {_some(looked)}; the files and config.json do not belong together"
+            f"{some(missing)}; looked in {some(looked)}; the files and config.json do not belong together"
         )
     return bound
 
 
-def _by_model_name(root: str, model: PreTrainedModel, index: CheckpointIndex) -> dict[str, TensorEntry]:
-    """Stored tensors by the model's names (`transformers.core_model_loading`, the loop of `from_pretrained`)."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    stored: dict[str, TensorEntry] = {}
-    source: dict[str, str] = {}
-    unexpected: list[str] = []
-    # Some rules act on keys after another key was seen, so the order matters.
-    for key in sorted(index.tensors, key=dot_natural_key):
-        name, converted = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, converted = rename_source_key(key, [], [], prefix, state)
-        if name not in state:
-            unexpected.append(name)
-        elif converted is not None:
-            raise unsupported(type(model).__name__, f"{name} is converted from {key}; converted checkpoints come later")
-        elif name in stored:
-            raise CheckpointError(f"{root}: both {source[name]!r} and {key!r} are {name}; remove one of them")
-        else:
-            stored[name], source[name] = index.tensors[key], key
-    ignorable = _ignorable_names(model)
-    unused = [name for name in unexpected if not ignorable(name)]
-    if unused:
-        _log.warning("%s: %d tensors are not used by %s: %s", root, len(unused), type(model).__name__, _some(unused))
-    return stored
-
-
-def _ignorable_names(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Tells unused tensors that old checkpoints carry: by the model's own list, or because it is one of its buffers."""
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
-    expression = re.compile("|".join(f"({p})" for p in patterns))
-    buffers = {name for name, _ in model.named_buffers()}
-    return lambda name: name in buffers or expression.search(name) is not None
-
-
-def _check_entry(root: str, name: str, entry: TensorEntry, shape: tuple[int, ...], files: Sequence[SourceFile]) -> None:
-    file = os.path.basename(files[entry.file].path)
-    if entry.shape != shape:
+def _check_stored(
+    root: str,
+    name: str,
+    stored: StoredTensor,
+    shape: tuple[int, ...],
+    own_dtype: str | None,
+    files: Sequence[SourceFile],
+) -> None:
+    where = some([os.path.basename(files[number].path) for number in stored.files])
+    if stored.shape != shape:
         raise CheckpointError(
-            f"{root}: {name} has shape {list(entry.shape)} in {file}, the config asks for {list(shape)}; "
+            f"{root}: {name} has shape {list(stored.shape)} in {where}, the config asks for {list(shape)}; "
             "the weights and config.json do not belong together"
         )
-    if entry.dtype not in COMPUTE_DTYPES:
+    if stored.dtype not in COMPUTE_DTYPES and stored.dtype != own_dtype:
         raise UnsupportedModelError(
-            f"{root}: {name} is stored as {entry.dtype} in {file}; raytier reads {', '.join(COMPUTE_DTYPES)}. "
+            f"{root}: {name} is stored as {stored.dtype} in {where}; raytier reads {', '.join(COMPUTE_DTYPES)}. "
             "Nearest supported: the model's unquantised checkpoint"
         )
 
 
-def _same_bytes(files: Sequence[SourceFile], a: TensorEntry, b: TensorEntry) -> bool:
-    if (a.dtype, a.nbytes) != (b.dtype, b.nbytes):
+def _same_bytes(files: Sequence[SourceFile], a: StoredTensor, b: StoredTensor) -> bool:
+    left, right = a.extents(), b.extents()
+    if a.dtype != b.dtype or [e.nbytes for e in left] != [e.nbytes for e in right]:
         return False
+    return all(_same_range(files, *pair) for pair in zip(left, right, strict=True))
+
+
+def _same_range(files: Sequence[SourceFile], a: Extent, b: Extent) -> bool:
     with open(files[a.file].path, "rb") as left, open(files[b.file].path, "rb") as right:
         left.seek(a.offset)
         right.seek(b.offset)
@@ -294,7 +358,3 @@ def _max_context(root: str, config: PreTrainedConfig, wished: int | None) -> int
     if wished is not None and wished > limit:
         _log.warning("%s: metadata.json asks for %d tokens, the model reaches %d", root, wished, limit)
     return int(limit if wished is None else min(limit, wished))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

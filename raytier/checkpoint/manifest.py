@@ -5,6 +5,7 @@ Pure data: no torch, no transformers, picklable between processes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -84,18 +85,49 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """Which part of a mixture's fused weights a parameter is: rows of `<bank>.<weight>[expert]`.
+
+    Attributes:
+        bank: name of the module that computes the experts (an `ExpertBank`).
+        weight: its parameter, of all experts.
+        part: number of this part among those of the expert, which follow each other along the first dimension.
+    """
+
+    bank: str
+    weight: str
+    expert: int
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBank:
+    """The routed experts of a decoder layer: each token goes through `per_token` of `num_experts`."""
+
+    name: str
+    layer: int
+    num_experts: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of the built model.
+    """One parameter of the built model, a buffer that its checkpoint stores, or the part of one expert of a mixture.
 
     Its bytes are the concatenation of `extents`, row-major, little-endian. `extents` is empty when
     the manifest was made from a config without weights. Where it is read from files of a tier, `stored` says how.
 
     Attributes:
-        name: name in the built transformers model (`model.named_parameters()`).
+        name: name in the built transformers model (`model.named_parameters()`); of experts `<bank>.<expert>.<weight>`.
         shape: elements per dimension.
         dtype: stored dtype, a key of `DTYPE_BYTES`.
         layer: decoder layer index for `Role.LAYER`, else None.
         aliases: further names bound to the same storage (tied weights).
+        matrix: whether it is computed with as the weight `[outputs, inputs]` of linear layers only (and its rows looked
+            up, where it is the input embedding as well): such a weight can be in a form that is not plain.
+        own_dtype: dtype that it is computed in, where that is not the model's.
+        expert: what it is a part of, for routed experts.
+        resident: why it can only be on the device, where its role and shape do not say so.
     """
 
     name: str
@@ -106,6 +138,10 @@ class Parameter:
     extents: tuple[Extent, ...] = ()
     aliases: tuple[str, ...] = ()
     stored: Stored | None = None
+    own_dtype: str | None = None
+    expert: ExpertPart | None = None
+    resident: str | None = None
+    matrix: bool = False
 
     def __post_init__(self) -> None:
         if self.extents and sum(e.nbytes for e in self.extents) != self.nbytes:
@@ -138,16 +174,27 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class KVLayerSpec:
-    """KV cache of one decoder layer: heads, widths of a key and a value head, window in tokens or None."""
+    """KV cache of one attention call: heads, widths of a key and a value head, window in tokens or None.
+
+    `layer` is the decoder layer that makes the call; None: the layer of the same number.
+    """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     sliding_window: int | None = None
+    layer: int | None = None
 
     def token_bytes(self, dtype: str) -> int:
         """Bytes of keys and values of one token in this layer."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * DTYPE_BYTES[dtype]
+
+
+def kv_windows(layers: Sequence[KVLayerSpec]) -> tuple[int | None, ...]:
+    """Windows of the KV cache groups, in order: layers of the same window share block tables; that of full attention
+    (None) comes first."""
+    windows = {layer.sliding_window for layer in layers}
+    return tuple(sorted(windows, key=lambda window: (window is not None, window or 0)))
 
 
 @dataclass(frozen=True)
@@ -160,9 +207,11 @@ class ModelManifest:
         files: checkpoint files that hold the parameters (empty when made from a config alone).
         compute_dtype: dtype the model runs in; parameters stored otherwise are cast when loaded.
         max_context: longest sequence in tokens that the model supports.
-        kv_layers: one entry per decoder layer.
+        kv_layers: one entry per attention call of a forward pass, in order; nearly always one per decoder layer.
         embedding: name of the input embedding parameter.
         head: name of the parameter used as output projection (equal to `embedding` when tied).
+        experts: the layers' routed experts, none for a dense model.
+        ratios: codec -> dtype -> coded over plain bytes of a sample of the parameters.
     """
 
     model_dir: str
@@ -178,10 +227,12 @@ class ModelManifest:
     kv_layers: tuple[KVLayerSpec, ...]
     embedding: str
     head: str
+    experts: tuple[ExpertBank, ...] = ()
+    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.kv_layers) != self.num_layers:
-            raise ValueError(f"{len(self.kv_layers)} KV layers for {self.num_layers} decoder layers")
+        if not set(self._kv_owners) <= set(range(self.num_layers)):
+            raise ValueError(f"{len(self.kv_layers)} KV layers do not belong to {self.num_layers} decoder layers")
         if len({p.name for p in self.parameters}) != len(self.parameters):
             raise ValueError("duplicate parameter names")
         for name in (self.embedding, self.head):
@@ -205,6 +256,28 @@ class ModelManifest:
     def kv_token_bytes(self) -> int:
         """Bytes of keys and values of one token over all layers in `compute_dtype`."""
         return sum(layer.token_bytes(self.compute_dtype) for layer in self.kv_layers)
+
+    @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """Of the KV cache groups; see the function of this name."""
+        return kv_windows(self.kv_layers)
+
+    def kv_group_token_bytes(self, window: int | None) -> int:
+        """Bytes of keys and values of one token over the layers of a KV cache group."""
+        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
+        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
+
+    def computed_dtype(self, parameter: Parameter) -> str:
+        """The dtype that `parameter` is computed in."""
+        return parameter.own_dtype or self.compute_dtype
+
+    @property
+    def _kv_owners(self) -> tuple[int, ...]:
+        return tuple(index if kv.layer is None else kv.layer for index, kv in enumerate(self.kv_layers))
+
+    def kv_of(self, layer: int) -> tuple[KVLayerSpec, ...]:
+        """KV caches of a decoder layer: one per attention call that it makes."""
+        return tuple(kv for kv, owner in zip(self.kv_layers, self._kv_owners, strict=True) if owner == layer)
 
     def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
         return tuple(p for p in self.parameters if p.layer == layer)

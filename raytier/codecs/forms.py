@@ -163,8 +163,7 @@ class Form:
 
 
 def use_kernels(cache_dir: str) -> None:
-    """Quantise in C, compiled and kept in `cache_dir`, and have coded weights, where that is possible."""
-    coded.use_kernels(cache_dir)
+    """Quantise in C, compiled and kept in `cache_dir`, where that is possible."""
     try:
         function = CODECS.load(cache_dir).raytier_fit_int4
     except (OSError, subprocess.SubprocessError) as error:

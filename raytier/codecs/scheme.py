@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from raytier.codecs import coded, forms, planes
 from raytier.codecs.codec import CODEC_VERSION, NONE, Codec
 from raytier.codecs.forms import Bytes, Form
 from raytier.codecs.planes import BYTES, ELEMENTS, Element
@@ -38,6 +39,13 @@ class Scheme:
 
 
 PLAIN = Scheme()
+
+
+def use_kernels(cache_dir: str) -> None:
+    """Have what forms and codecs have in C in this process, compiled and kept in `cache_dir`, as far as possible."""
+    planes.use_kernels(cache_dir)
+    coded.use_kernels(cache_dir)
+    forms.use_kernels(cache_dir)
 
 
 def element_of(form: Form | None, dtype: str) -> Element:

@@ -15,17 +15,17 @@ from queue import SimpleQueue
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
-from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, Sink, StepReport, merge
+from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, SequenceUse, Sink, StepReport, merge
 from raytier.engine.requests import CheckedParams, Request, Sample, build_request, check_prompt, check_terms, specify
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.scheduler import Scheduler, SchedulerLimits
 from raytier.engine.sequence import FinishReason
-from raytier.engine.statistics import Statistics
+from raytier.engine.statistics import Statistics, sequence_use
 from raytier.engine.step import StepBatch, StepExecutor, StepResult, StepStats, TokenLogprobs
 from raytier.engine.streams import Mailboxes, StreamReader
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, GenerationError, InvalidRequestError, QueueFullError, RaytierError
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Engine:
     blocks at once, or when the step in flight has ended if that step writes to them.
 
     Args:
-        block_pool: the blocks this engine may use; its own from now on.
+        kv: the blocks this engine may use; its own from now on, and others read its policy alone.
         on_step: called on the engine's thread after every step; must not block. `observe` adds further ones.
     """
 
@@ -70,7 +70,7 @@ class Engine:
         model_id: str,
         executor: StepExecutor,
         tokenizer: Tokenizer,
-        block_pool: BlockPool,
+        kv: KVCache,
         defaults: GenerationDefaults,
         config: EngineConfig,
         on_step: Callable[[StepReport], None] | None = None,
@@ -88,9 +88,9 @@ class Engine:
             config.max_context,
         )
         self._executor = executor
-        self._pool = block_pool
+        self.kv = kv
         self._observers: tuple[Callable[[StepReport], None], ...] = () if on_step is None else (on_step,)
-        self._scheduler = Scheduler(model_id, block_pool, limits, epoch=config.epoch)
+        self._scheduler = Scheduler(model_id, kv, limits, epoch=config.epoch)
         self._changed = threading.Condition()
         self._requests: dict[str, Request] = {}
         self._by_sequence: dict[int, tuple[Request, Sample]] = {}
@@ -108,7 +108,6 @@ class Engine:
         self._thread.start()
 
     # ---- callers' side: any thread -------------------------------------------------------------
-
     def observe(self, on_step: Callable[[StepReport], None]) -> None:
         """Have `on_step` called on the engine's thread after every step from now on; it must not block."""
         with self._changed:
@@ -263,10 +262,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            scheduler = self._scheduler
-            return self._statistics.snapshot(
-                scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions, self._pool, self._dead
-            )
+            load = self._scheduler.num_running, self._scheduler.num_waiting, self._scheduler.num_preemptions
+            return self._statistics.snapshot(*load, self.kv, self._dead)
+
+    def kv_sequences(self) -> list[SequenceUse]:
+        """The running sequences and their blocks."""
+        with self._changed:
+            return [sequence_use(*each, self.kv) for each in self._by_sequence.values() if each[1].sequence.kv.tables]
 
     @property
     def dead(self) -> str | None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from raytier.engine.step import StepStats, TokenLogprobs
 from raytier.kv.ledger import LedgerDelta
+from raytier.kv.usage import CacheCounts, GroupUse, Pressure
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,19 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceUse:
+    """KV of a running sequence: its tokens, those with KV, its blocks over all groups, and of them those that other
+    sequences use as well."""
+
+    request_id: str
+    index: int
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+    shared_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine started, and its present load.
 
@@ -173,6 +187,9 @@ class EngineStats:
         prompt_tokens: prompt tokens of the samples whose prompts have been read.
         generated_tokens: tokens drawn.
         finished: samples by finish reason.
+        kv_blocks_total, kv_blocks_used, kv_blocks_free: over all KV cache groups; shared blocks count once.
+        kv_blocks_cached: of the free ones, those that are found by what they hold.
+        kv_evictions: how many of these were taken for something else.
         loop: sums over all steps of where the engine's thread spent them.
         last_step, total: what the last step cost and the sums over all steps (last_step None before the first).
         dead: why the engine does not work any more, None while it does.
@@ -188,6 +205,11 @@ class EngineStats:
     kv_blocks_total: int
     kv_blocks_used: int
     kv_blocks_free: int
+    kv_blocks_cached: int
+    kv_evictions: int
+    kv_pressure: Pressure
+    kv_groups: tuple[GroupUse, ...]
+    kv: CacheCounts
     last_step: StepStats | None
     total: StepStats
     loop: LoopTimes

@@ -107,6 +107,7 @@ class Request:
             logprobs=() if logprobs is None else (logprobs,),
             prompt_logprobs=whole,
             stop_reason=sample.stop_reason,
+            cached_tokens=min(self.samples[0].sequence.num_cached, sequence.prompt_len),
             times=times,
         )
 

@@ -2,7 +2,11 @@
 
 `schedule` makes a step, `apply` takes its result; between the two the step is *in flight* and its blocks
 are being written. Every running sequence holds the blocks of all its known tokens from its admission on (one
-allocation, so a prompt lies in few runs); later it needs a block only when decoding crosses a block border.
+allocation, so a prompt lies in few runs); later it needs a block only when decoding crosses a block border. Layers with
+a window hold no more than that and the step.
+
+A sequence begins with what is found of its tokens in the prefix cache, or with the blocks of another sample of its
+request; at least its last token is always computed.
 """
 
 from __future__ import annotations
@@ -12,11 +16,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 
-from raytier.engine.sequence import FinishReason, Sequence, Status
+from raytier.engine.sequence import FinishReason, Samples, Sequence, Status
 from raytier.engine.step import SequenceChunk, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
-from raytier.kv.block_pool import BlockPool
-from raytier.kv.ledger import LedgerDelta, SequenceDelta
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import LedgerDelta
+from raytier.kv.tables import BlockCopy, Prefix
+from raytier.kv.usage import Pressure
 
 #: Least prompt tokens per step whose logprobs are computed, so that a crowd of decodes does not starve them.
 _LEAST_ROWS = 16
@@ -74,22 +80,25 @@ def check_length(prompt: int, longest: int, context: int) -> None:
 
 
 class Scheduler:
-    """Decides which tokens of which sequences a step carries, and owns the block tables.
+    """Decides which tokens of which sequences a step carries, and which blocks these have.
 
     Order within a step: running decodes, running prefills (chunked by what is left of the budget), then
     waiting sequences. When blocks run out the last running sequence is preempted: its blocks come back
     and it is recomputed later, from its place in the queue. A sequence that waits preempts none that runs.
 
-    Invariants: `running` and `waiting` are each in order of (priority, arrival); no block is in two block tables; a
-    step carries at most max_num_batched_tokens tokens, with a decode among them max_mixed_tokens; at most max_num_seqs
-    sequences run; logprobs are computed of at most 2 x max_num_seqs prompt tokens per step.
+    A sample whose prompt another one of its request is computing waits for it, and those behind it do not.
+
+    Invariants: `running` and `waiting` are each in order of (priority, arrival); no block that is written to is in two
+    block tables (`KVCache`); a step carries at most max_num_batched_tokens tokens, with a decode among them
+    max_mixed_tokens; at most max_num_seqs sequences run; logprobs are computed of at most 2 x max_num_seqs prompt
+    tokens per step.
     Progress: the first running sequence can always preempt the others, and `add` refuses what does not
     fit alone, so it finishes; then the next one is the first.
     """
 
-    def __init__(self, model_id: str, pool: BlockPool, limits: SchedulerLimits, *, epoch: int = 0) -> None:
+    def __init__(self, model_id: str, kv: KVCache, limits: SchedulerLimits, *, epoch: int = 0) -> None:
         self._model_id = model_id
-        self._pool = pool
+        self._kv = kv
         self._limits = limits
         self._epoch = epoch
         self._step = 0
@@ -98,9 +107,7 @@ class Scheduler:
         self._in_flight: dict[int, tuple[Sequence, SequenceChunk]] = {}
         self._sent: set[int] = set()  # sequences that the executor knows
         self._ended: list[int] = []  # what it knows and may forget
-        self._changes: dict[int, tuple[set[int], set[int]]] = {}  # sequence -> blocks (gained, lost)
-        self._allocations = 0
-        self._failures = 0
+        self._copies: list[BlockCopy] = []  # of the step that is being made
         self.num_preemptions = 0
 
     @property
@@ -135,7 +142,9 @@ class Scheduler:
                 f"the request queue is full: {len(self._waiting)} waiting (scheduler.max_queue), "
                 f"{len(self._running)} running; retry later"
             )
+        samples = Samples(sequences) if len(sequences) > 1 else None
         for sequence in sequences:
+            sequence.samples = samples
             insort(self._waiting, sequence, key=_order)
 
     def schedule(self) -> StepBatch | None:
@@ -159,14 +168,16 @@ class Scheduler:
             start, known = sequence.num_computed, len(sequence.tokens)
             tokens = tuple(sequence.tokens[start : start + count])
             draws = start + count == known < sequence.max_tokens
-            chunk = SequenceChunk(sequence.seq_id, tokens, start, tuple(sequence.block_table), draws)
+            first, *further = sequence.kv.chunk_tables()
+            chunk = SequenceChunk(sequence.seq_id, tokens, start, first, draws, tuple(further))
             self._in_flight[sequence.seq_id] = (sequence, chunk)
             chunks.append(chunk)
             if sequence.seq_id not in self._sent:
                 self._sent.add(sequence.seq_id)
                 arrivals.append(sequence.arrival())
         ended, self._ended = tuple(self._ended), []
-        return StepBatch(self._model_id, self._epoch, self._step, tuple(chunks), tuple(arrivals), ended)
+        copies, self._copies = tuple(self._copies), []
+        return StepBatch(self._model_id, self._epoch, self._step, tuple(chunks), tuple(arrivals), ended, copies)
 
     def apply(self, result: StepResult) -> list[tuple[Sequence, int | None]]:
         """Take the result of the step in flight: (sequence, new token) for each token drawn, and (sequence, None) for
@@ -188,9 +199,10 @@ class Scheduler:
         in_flight, self._in_flight = self._in_flight, {}
         for sequence, chunk in in_flight.values():
             if sequence.finished:
-                self._release(sequence)
+                self._kv.release(sequence.kv)
                 continue
             sequence.num_computed = chunk.stop
+            self._kv.computed(sequence.kv, sequence.tokens, chunk.stop)
             sequence.logprobs_known += len(result.prompt_logprobs.get(sequence.seq_id, ()))
             token = result.tokens[sequence.seq_id] if chunk.draws and sequence.seq_id not in result.failed else None
             if token is not None:
@@ -222,7 +234,7 @@ class Scheduler:
         sequence.finish_reason = reason
         self._forget(sequence)
         if sequence.seq_id not in self._in_flight:
-            self._release(sequence)
+            self._kv.release(sequence.kv)
         return True
 
     def drop_in_flight(self) -> None:
@@ -230,22 +242,11 @@ class Scheduler:
         in_flight, self._in_flight = self._in_flight, {}
         for sequence, _ in in_flight.values():
             if sequence.finished:
-                self._release(sequence)
+                self._kv.release(sequence.kv)
 
     def take_delta(self) -> LedgerDelta:
         """What changed in the block tables since the last call."""
-        delta = LedgerDelta(
-            tuple(
-                SequenceDelta(seq_id, tuple(sorted(gained)), tuple(sorted(lost)))
-                for seq_id, (gained, lost) in self._changes.items()
-                if gained or lost
-            ),
-            self._allocations,
-            self._failures,
-        )
-        self._changes = {}
-        self._allocations = self._failures = 0
-        return delta
+        return self._kv.take_delta()
 
     def check_integrity(self) -> None:
         """Assert the invariants, between steps.
@@ -253,13 +254,10 @@ class Scheduler:
         Raises:
             AssertionError: the bookkeeping is wrong; the message says where.
         """
-        self._pool.check_integrity()
-        held = [block for sequence in self._running for block in sequence.block_table]
-        if len(set(held)) != len(held) or len(held) != self._pool.num_used:
-            raise AssertionError(f"{len(held)} blocks in tables, {len(set(held))} distinct, {self._pool.num_used} used")
+        self._kv.check_integrity([sequence.kv for sequence in self._running])
         for queue, status in ((self._running, Status.RUNNING), (self._waiting, Status.WAITING)):
             for sequence in queue:
-                sequence.check(self._pool.block_size)
+                sequence.check(self._kv.block_size)
                 if sequence.status is not status:
                     raise AssertionError(
                         f"sequence {sequence.seq_id} is {sequence.status.value} in the {status.value} queue"
@@ -273,13 +271,13 @@ class Scheduler:
         prompt, longest, context = sequence.prompt_len, sequence.max_tokens, self._limits.max_context
         check_length(prompt, longest, context)
         # The KV of the last token is never needed, unless it is the prompt's.
-        needed, available = self._pool.blocks_for(max(prompt, longest - 1)), self._pool.num_blocks
+        needed, available = max(prompt, longest - 1), self._kv.most_tokens(self._limits.max_num_batched_tokens)
         if needed > available:
-            room = available * self._pool.block_size + 1 - prompt
+            size, room = self._kv.block_size, available + 1 - prompt
             fix = f"lower max_tokens to at most {room}" if room > 0 else f"shorten the prompt by {1 - room} tokens"
             raise InvalidRequestError(
-                f"{prompt} prompt tokens and {longest - prompt} to generate need {needed} KV blocks of "
-                f"{self._pool.block_size} tokens, there are {available}: {fix}, or give the KV cache more memory",
+                f"{prompt} prompt tokens and {longest - prompt} to generate need {-(-needed // size)} KV blocks of "
+                f"{size} tokens, there are {available // size}: {fix}, or give the KV cache more memory",
                 param="max_tokens" if room > 0 else "prompt",
             )
 
@@ -307,7 +305,7 @@ class Scheduler:
                 count = budget.take(sequence, sequence.remaining)
             if not count:
                 continue
-            while not self._grow(sequence):
+            while not self._grow(sequence, count):
                 preempted = True
                 victim = self._running[-1]
                 self._preempt(victim)
@@ -317,40 +315,62 @@ class Scheduler:
         budget.prefill += budget.decodes
         return planned, budget, preempted
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence the blocks of all its known tokens; False when there are not enough."""
-        missing = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
-        if missing <= 0:
-            return True
-        if not self._pool.can_allocate(missing):
-            self._failures += 1
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Let a sequence write its next `count` tokens; False where blocks are missing."""
+        computed = sequence.num_computed
+        copies = self._kv.grow(sequence.kv, len(sequence.tokens), computed, computed + count)
+        if copies is None:
             return False
-        gained, _ = self._changes.setdefault(sequence.seq_id, (set(), set()))
-        gained.update(self._pool.extend(sequence.block_table, missing))
-        self._allocations += missing
+        self._copies += copies
         return True
 
     def _admit(self, budget: _Budget) -> list[tuple[Sequence, int]]:
         """Start waiting sequences in order while budget, places and blocks last."""
-        planned = []
-        while budget.prefill and self._waiting and len(self._running) < self._limits.max_num_seqs:
-            sequence = self._waiting[0]
+        planned: list[tuple[Sequence, int]] = []
+        index = 0
+        while budget.prefill and index < len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
+            if self._running and self._kv.pressure is Pressure.CRITICAL:
+                break
+            sequence = self._waiting[index]
+            prefix = self._beginning(sequence)
+            if prefix is None:
+                index += 1
+                continue
             # A block in reserve for each running sequence, or the newcomer would soon be preempted by their growth.
-            needed = self._pool.blocks_for(len(sequence.tokens)) + len(self._running)
-            if self._running and not self._pool.can_allocate(needed):
+            known, stop = len(sequence.tokens), min(len(sequence.tokens), prefix.num_tokens + budget.prefill)
+            if not self._kv.can_begin(prefix, known, stop, len(self._running)):
                 break
+            sequence.num_computed = prefix.num_tokens
             count = budget.take(sequence, sequence.remaining)
-            if not count or not self._grow(sequence):
+            if not count:
+                sequence.num_computed = 0
                 break
-            del self._waiting[0]
+            self._kv.begin(sequence.kv, prefix, known)
+            if not self._grow(sequence, count):
+                raise AssertionError(f"sequence {sequence.seq_id} lacks blocks that it was said to have")
+            if not sequence.preemptions:
+                sequence.num_cached = prefix.num_tokens
+            del self._waiting[index]
             insort(self._running, sequence, key=_order)
             sequence.status = Status.RUNNING
             planned.append((sequence, count))
         return planned
 
+    def _beginning(self, sequence: Sequence) -> Prefix | None:
+        """What a waiting sequence can begin with; None where it had better wait until another sample has computed the
+        prompt."""
+        kv, shared = self._kv, min(sequence.most_found, sequence.prompt_len - 1)
+        if sequence.samples is not None and kv.policy.sharing and not sequence.num_output and shared >= kv.block_size:
+            leader = sequence.samples.leader()
+            if leader is not None and leader.num_computed < shared:
+                return None
+            if leader is not None and (fork := kv.fork_of(leader.kv, shared)) is not None:
+                return fork
+        return kv.find(sequence.kv, sequence.tokens, sequence.most_found)
+
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._release(sequence)
+        self._kv.release(sequence.kv)
         self._forget(sequence)
         sequence.num_computed = 0
         sequence.status = Status.WAITING
@@ -363,11 +383,3 @@ class Scheduler:
         if sequence.seq_id in self._sent:
             self._sent.remove(sequence.seq_id)
             self._ended.append(sequence.seq_id)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Give all blocks of a sequence back, exactly once."""
-        blocks, sequence.block_table = sequence.block_table, []
-        self._pool.free(blocks)
-        gained, lost = self._changes.setdefault(sequence.seq_id, (set(), set()))
-        for block in blocks:  # what came and went between two reports is not reported
-            (gained.discard if block in gained else lost.add)(block)

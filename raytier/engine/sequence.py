@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from raytier.engine.step import Arrival, SequenceSpec
+from raytier.kv.tables import SequenceKV
 
 
 class Status(StrEnum):
@@ -28,8 +30,9 @@ class Sequence:
 
     Invariants (`check` asserts them):
         0 <= num_computed <= len(tokens) <= max_tokens, 1 <= prompt_len <= len(tokens);
-        running: the blocks cover all known tokens, so `block_table` holds at least num_computed tokens;
-        waiting: num_computed == 0 and no blocks (a preempted sequence is recomputed from its tokens);
+        running: the block tables cover at least num_computed tokens;
+        waiting: num_computed == 0 and no blocks (a preempted sequence is recomputed from its tokens, but for what is
+            found in the prefix cache);
         finished: no blocks, except while a step in flight still writes to them.
 
     Attributes:
@@ -42,6 +45,8 @@ class Sequence:
         priority: lower ones go first, equal ones in order of arrival.
         num_computed: leading tokens whose KV is in the blocks.
         logprobs_known: leading tokens of the prompt whose logprobs are there or not needed (the first has none).
+        num_cached: prompt tokens whose KV was there when it first began.
+        kv: its blocks. samples: those of its request, where there are several.
     """
 
     seq_id: int
@@ -53,10 +58,15 @@ class Sequence:
     priority: int = 0
     num_computed: int = 0
     logprobs_known: int = 1
-    block_table: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    kv: SequenceKV = field(init=False)
+    samples: Samples | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.kv = SequenceKV(self.seq_id)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -71,6 +81,14 @@ class Sequence:
     def remaining(self) -> int:
         """Known tokens without KV: 1 while decoding, more during prefill."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def most_found(self) -> int:
+        """Leading tokens that need not be computed if their KV is found: the logits of what follows are needed, those
+        of the last token always."""
+        if self.spec.prompt_logprobs is not None and self.logprobs_known < self.prompt_len:
+            return min(self.logprobs_known, len(self.tokens)) - 1
+        return len(self.tokens) - 1
 
     @property
     def finished(self) -> bool:
@@ -96,7 +114,22 @@ class Sequence:
         """
         if not (0 <= self.num_computed <= len(self.tokens) <= self.max_tokens and self.prompt_len >= 1):
             raise AssertionError(f"sequence {self.seq_id}: {self.num_computed} computed of {len(self.tokens)} tokens")
-        if self.status is Status.RUNNING and len(self.block_table) * block_size < self.num_computed:
-            raise AssertionError(f"sequence {self.seq_id}: {len(self.block_table)} blocks for {self.num_computed}")
-        if self.status is Status.WAITING and (self.block_table or self.num_computed):
-            raise AssertionError(f"sequence {self.seq_id} waits but holds {len(self.block_table)} blocks")
+        if self.status is Status.RUNNING and any(len(t) * block_size < self.num_computed for t in self.kv.tables):
+            raise AssertionError(f"sequence {self.seq_id}: {self.kv.tables} for {self.num_computed} tokens")
+        if self.status is Status.WAITING and (self.kv.tables or self.num_computed):
+            raise AssertionError(f"sequence {self.seq_id} waits but holds {self.kv.num_blocks} blocks")
+
+
+class Samples:
+    """The sequences of one request, which all begin with its prompt: one computes it, the others share its blocks."""
+
+    def __init__(self, members: SequenceOf[Sequence]) -> None:
+        self._members = members
+        self._leader = members[0]
+
+    def leader(self) -> Sequence | None:
+        """A running one, that which began first if it still runs; None where none does."""
+        if self._leader.status is not Status.RUNNING:
+            running = (s for s in self._members if s.status is Status.RUNNING)
+            self._leader = max(running, key=lambda s: s.num_computed, default=self._leader)
+        return self._leader if self._leader.status is Status.RUNNING else None

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
-from raytier.engine.outputs import EngineStats, FinishedSample, LoopTimes, OutputDelta, StepReport, add
+from raytier.engine.outputs import EngineStats, FinishedSample, LoopTimes, OutputDelta, SequenceUse, StepReport, add
 from raytier.engine.requests import Request, Sample
 from raytier.engine.step import StepStats
-from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 from raytier.kv.ledger import LedgerDelta
+
+
+def sequence_use(request: Request, sample: Sample, kv: KVCache) -> SequenceUse:
+    """What a running sample has of the KV."""
+    sequence = sample.sequence
+    return SequenceUse(
+        request.request_id,
+        sequence.spec.sample,
+        len(sequence.tokens),
+        sequence.num_computed,
+        sequence.kv.num_blocks,
+        kv.shared_blocks(sequence.kv),
+    )
 
 
 class Statistics:
@@ -75,7 +89,7 @@ class Statistics:
         self._reports += 1
         return StepReport(epoch, self._reports, running, waiting, stats, kv, times, first_tokens, token_gaps, ended)
 
-    def snapshot(self, running: int, waiting: int, preemptions: int, pool: BlockPool, dead: str | None) -> EngineStats:
+    def snapshot(self, running: int, waiting: int, preemptions: int, kv: KVCache, dead: str | None) -> EngineStats:
         """The counters, and the load as it is now."""
         return EngineStats(
             running=running,
@@ -85,9 +99,14 @@ class Statistics:
             generated_tokens=self._generated_tokens,
             finished=dict(self._finished),
             preemptions=preemptions,
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_used=pool.num_used,
-            kv_blocks_free=pool.num_free,
+            kv_blocks_total=kv.num_blocks,
+            kv_blocks_used=kv.num_used,
+            kv_blocks_free=kv.num_blocks - kv.num_used,
+            kv_blocks_cached=kv.num_cached,
+            kv_evictions=kv.num_evictions,
+            kv_pressure=kv.pressure,
+            kv_groups=kv.use(),
+            kv=replace(kv.counts),
             last_step=self._last_step,
             total=self._total,
             loop=self._loop,

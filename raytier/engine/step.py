@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from raytier.kv.tables import BlockCopy
+
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
@@ -96,8 +98,9 @@ class SequenceChunk:
         seq_id: engine-wide id of the sequence.
         token_ids: the tokens to run, at positions start .. start + len(token_ids) - 1.
         start: number of tokens whose KV is already in the blocks.
-        block_table: physical block ids; covers at least start + len(token_ids) tokens.
+        block_table: physical block ids in KV cache group 0; covers at least start + len(token_ids) tokens.
         draws: whether the token after the last one is to be drawn; not so in an unfinished prefill.
+        further_tables: of the groups behind group 0. Where a group's window has passed, a table holds the null block.
     """
 
     seq_id: int
@@ -105,6 +108,12 @@ class SequenceChunk:
     start: int
     block_table: tuple[int, ...]
     draws: bool
+    further_tables: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def block_tables(self) -> tuple[tuple[int, ...], ...]:
+        """Of all groups."""
+        return (self.block_table, *self.further_tables)
 
     @property
     def stop(self) -> int:
@@ -117,7 +126,8 @@ class StepBatch:
     """One step. `step` counts up by one within an engine `epoch`.
 
     What the executor must know of a sequence is sent once: `arrivals` are those of `chunks` that it does not know,
-    `ended` those that it may forget (finished or preempted; they may be in `arrivals` again).
+    `ended` those that it may forget (finished or preempted; they may be in `arrivals` again). `copies` of KV blocks
+    come before everything: all sources are read before any target is written.
     """
 
     model_id: str
@@ -126,6 +136,7 @@ class StepBatch:
     chunks: tuple[SequenceChunk, ...]
     arrivals: tuple[Arrival, ...] = ()
     ended: tuple[int, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

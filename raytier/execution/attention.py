@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from raytier.checkpoint.architecture import ATTENTION_NAME
+from raytier.checkpoint.architecture import ATTENTION_NAME, NEUTRAL
 from raytier.engine.step import SequenceChunk
 from raytier.errors import UnsupportedModelError
 from raytier.execution import cpu_kernels
@@ -31,13 +31,16 @@ from raytier.execution.kv_store import KVStore, RunBatch, batch_runs, slot_runs
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpan:
-    """One sequence of the packed batch: queries q_start..q_stop-1 are its tokens start..stop-1."""
+    """One sequence of the packed batch: queries q_start..q_stop-1 are its tokens start..stop-1.
+
+    `block_tables`: one per KV cache group.
+    """
 
     q_start: int
     q_stop: int
     start: int
     stop: int
-    block_table: tuple[int, ...]
+    block_tables: tuple[tuple[int, ...], ...]
 
     @property
     def num_queries(self) -> int:
@@ -65,67 +68,94 @@ class _Plan:
 class ForwardContext:
     """What attention needs to know about the running step; shared by all layers.
 
-    Runs, plans and masks depend on the window, not on the layer, so they are made once per step and window.
+    Runs, plans and masks depend on the window and the KV cache group, not on the layer, so they are made once per step
+    for each.
+
+    Attributes:
+        slots: where the step's tokens are written, per group.
     """
 
     store: KVStore
     spans: tuple[SequenceSpan, ...]
-    slots: Tensor
-    _runs: dict[int, list[list[tuple[int, int]]]] = field(default_factory=dict)
-    _plans: dict[int, _Plan] = field(default_factory=dict)
-    _singles: dict[int, tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
+    slots: tuple[Tensor, ...]
+    _calls: int = 0
+    _runs: dict[tuple[int, int], list[list[tuple[int, int]]]] = field(default_factory=dict)
+    _plans: dict[tuple[int, int], _Plan] = field(default_factory=dict)
+    _singles: dict[tuple[int, int], tuple[cpu_kernels.Spans, tuple[int, ...]]] = field(default_factory=dict)
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def build(cls, store: KVStore, chunks: Sequence[SequenceChunk], device: torch.device) -> ForwardContext:
         spans = []
-        slots: list[int] = []
+        slots: list[list[int]] = [[] for _ in range(store.num_groups)]
         q_start = 0
         for chunk in chunks:
-            stop = chunk.start + len(chunk.token_ids)
-            spans.append(SequenceSpan(q_start, q_start + len(chunk.token_ids), chunk.start, stop, chunk.block_table))
-            for first, count in slot_runs(chunk.block_table, store.block_size, chunk.start, stop):
-                slots.extend(range(first, first + count))
+            stop, tables = chunk.stop, chunk.block_tables
+            spans.append(SequenceSpan(q_start, q_start + len(chunk.token_ids), chunk.start, stop, tables))
+            for group_slots, table in zip(slots, tables, strict=True):
+                for first, count in slot_runs(table, store.block_size, chunk.start, stop):
+                    group_slots.extend(range(first, first + count))
             q_start += len(chunk.token_ids)
-        return cls(store, tuple(spans), torch.tensor(slots, dtype=torch.int64, device=device))
+        return cls(store, tuple(spans), tuple(torch.tensor(s, dtype=torch.int64, device=device) for s in slots))
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots[0].device
+
+    @property
+    def layer(self) -> int:
+        """The KV layer of the next attention call: they are numbered in the order of the calls of a forward pass."""
+        return self._calls % len(self.store.keys)
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query of that call sees, itself included; 0: all."""
+        return self.store.windows[self.layer]
+
+    def next_layer(self) -> int:
+        """The same, for a call that is made now."""
+        layer = self.layer
+        self._calls += 1
+        return layer
 
     def first_key(self, span: SequenceSpan, window: int) -> int:
         """First token that the first query of `span` may see; `window` 0 means no window."""
         return max(0, span.start - window + 1) if window else 0
 
-    def runs(self, window: int) -> list[list[tuple[int, int]]]:
-        """Slots of the keys that each span may see."""
-        if window not in self._runs:
+    def runs(self, window: int, group: int = 0) -> list[list[tuple[int, int]]]:
+        """Slots of the keys that each span may see, in the layers of `group`."""
+        if (window, group) not in self._runs:
             size = self.store.block_size
-            self._runs[window] = [
-                slot_runs(span.block_table, size, self.first_key(span, window), span.stop) for span in self.spans
+            self._runs[window, group] = [
+                slot_runs(span.block_tables[group], size, self.first_key(span, window), span.stop)
+                for span in self.spans
             ]
-        return self._runs[window]
+        return self._runs[window, group]
 
-    def plan(self, window: int) -> _Plan:
+    def plan(self, window: int, group: int = 0) -> _Plan:
         """Which spans are answered together."""
-        if window not in self._plans:
-            runs = self.runs(window)
+        if (window, group) not in self._plans:
+            runs = self.runs(window, group)
             single = [i for i, span in enumerate(self.spans) if span.num_queries == 1 and len(runs[i]) == 1]
             rest = [i for i, span in enumerate(self.spans) if span.num_queries > 1 or len(runs[i]) > 1]
             batches = batch_runs([runs[i][0] for i in single])
             rows = [self.spans[single[member]].q_start for batch in batches for member in batch.members]
             order = rows + [row for i in rest for row in range(self.spans[i].q_start, self.spans[i].q_stop)]
-            device = self.slots.device
+            device = self.device
             inverse = None
             if order != list(range(len(order))):
                 inverse = torch.argsort(torch.tensor(order, device=device))
-            self._plans[window] = _Plan(tuple(batches), torch.tensor(rows, device=device), tuple(rest), inverse)
-        return self._plans[window]
+            self._plans[window, group] = _Plan(tuple(batches), torch.tensor(rows, device=device), tuple(rest), inverse)
+        return self._plans[window, group]
 
-    def singles(self, window: int) -> tuple[cpu_kernels.Spans, tuple[int, ...]]:
+    def singles(self, window: int, group: int = 0) -> tuple[cpu_kernels.Spans, tuple[int, ...]]:
         """What the single tokens see, and which spans are longer."""
-        if window not in self._singles:
-            runs = self.runs(window)
+        if (window, group) not in self._singles:
+            runs = self.runs(window, group)
             single = [(span.q_start, runs[i]) for i, span in enumerate(self.spans) if span.num_queries == 1]
             longer = tuple(i for i, span in enumerate(self.spans) if span.num_queries > 1)
-            self._singles[window] = cpu_kernels.Spans.of(single), longer
-        return self._singles[window]
+            self._singles[window, group] = cpu_kernels.Spans.of(single), longer
+        return self._singles[window, group]
 
     def mask(self, index: int, window: int) -> Tensor | None:
         """What to add to the scores `[queries, keys]`: 0 or -inf; None where causality alone decides from token 0."""
@@ -136,7 +166,7 @@ class ForwardContext:
             if span.start == 0 and (not window or span.stop <= window):
                 self._masks[key] = None
             else:
-                device = self.slots.device
+                device = self.device
                 queries = torch.arange(span.start, span.stop, device=device)[:, None]
                 keys = torch.arange(first, span.stop, device=device)[None, :]
                 hidden = keys > queries
@@ -154,7 +184,7 @@ class ForwardContext:
             return None
         mask = self.mask(index, window)
         if mask is None:
-            mask = torch.full((count, count), -torch.inf, dtype=self.store.dtype, device=self.slots.device).triu_(1)
+            mask = torch.full((count, count), -torch.inf, dtype=self.store.dtype, device=self.device).triu_(1)
             self._masks[index, window] = mask
         return mask
 
@@ -183,10 +213,6 @@ def current_context() -> ForwardContext | None:
     return _current.context
 
 
-#: Keyword arguments that reach the function and do not change its result in inference.
-_NEUTRAL = {"dropout", "position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states"}
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -194,7 +220,6 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -205,7 +230,6 @@ def attention_forward(
     Args:
         query: `[1, Hq, T, Dk]`; key `[1, Hkv, T, Dk]`; value `[1, Hkv, T, Dv]`: the new tokens only.
         attention_mask: must be None, since `raytier` registers no mask function.
-        sliding_window: tokens a query sees, itself included; None = all.
         softcap: `softcap * tanh(scores / softcap)` before the softmax (Gemma 2).
         s_aux: attention sinks `[Hq]`: one extra logit per head that takes probability and gives no value.
 
@@ -222,18 +246,18 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} builds its own attention mask; raytier cannot page that")
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{type(module).__name__} attends in both directions; raytier runs causal models")
-    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in _NEUTRAL]
+    unknown = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name not in NEUTRAL]
     if unknown:
         raise UnsupportedModelError(
             f"{type(module).__name__} passes {unknown} to attention; raytier does not know them"
         )
 
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    window = int(sliding_window or 0)
+    layer = context.next_layer()
+    window = context.store.windows[layer]
     scores = _Scores(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     if softcap is None and cpu_kernels.fits_attend(query, key, value, context.store.keys[layer]):
         return _attend_by_kernel(context, layer, query, key, value, window, scores), None
-    context.store.write(layer, context.slots, key[0], value[0])
+    context.store.write(layer, context.slots[context.store.group_of[layer]], key[0], value[0])
     return _attend(context, layer, query[0], window, scores), None
 
 
@@ -241,11 +265,12 @@ def _attend_by_kernel(
     context: ForwardContext, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int, scores: _Scores
 ) -> Tensor:
     """`[1, T, Hq, D]`: single tokens at once, wherever their keys lie; longer spans one by one."""
-    store, (singles, longer) = context.store, context.singles(window)
+    store, group = context.store, context.store.group_of[layer]
+    singles, longer = context.singles(window, group)
     tokens = query[0].transpose(0, 1).contiguous()
     pool = store.keys[layer], store.values[layer]
     sinks = scores.sinks.to(tokens.dtype).contiguous() if scores.sinks is not None else None
-    result = cpu_kernels.attend(tokens, key, value, context.slots, pool, singles, scores.scale, sinks)
+    result = cpu_kernels.attend(tokens, key, value, context.slots[group], pool, singles, scores.scale, sinks)
     for index in longer:
         span = context.spans[index]
         result[span.q_start : span.q_stop] = _attend_span(context, layer, index, query[0], window, scores)
@@ -254,7 +279,8 @@ def _attend_by_kernel(
 
 def _attend(context: ForwardContext, layer: int, query: Tensor, window: int, scores: _Scores) -> Tensor:
     """The same by torch's operations: query `[Hq, T, Dk]` -> `[1, T, Hq, Dv]`."""
-    store, plan = context.store, context.plan(window)
+    store = context.store
+    plan = context.plan(window, store.group_of[layer])
     count, heads, kv_heads = query.shape[1], query.shape[0], store.keys[layer].shape[0]
     results = []  # each [tokens, Hq, Dv]
     if plan.batches:
@@ -279,7 +305,7 @@ def _attend_span(
 ) -> Tensor:
     """What the tokens of one span see: query `[Hq, T, Dk]` of the whole batch -> `[tokens, Hq, Dv]`."""
     span = context.spans[index]
-    keys, values = context.store.read(layer, context.runs(window)[index])
+    keys, values = context.store.read(layer, context.runs(window, context.store.group_of[layer])[index])
     chunk = query[:, span.q_start : span.q_stop]
     if scores.plain and span.num_queries > _FOLD_TOKENS:
         return _sdpa(chunk, keys, values, scores.scale, context.mask(index, window)).transpose(0, 1)

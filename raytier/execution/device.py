@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from raytier.codecs import planes
+from raytier.codecs import scheme
 from raytier.errors import ResourceNotAvailableError
 from raytier.execution import cpu_kernels
 from raytier.execution.sources import keep_checksums
@@ -22,7 +22,7 @@ def use_device(kind: str, threads: int, cache_dir: str) -> str:
         ResourceNotAvailableError: torch sees no CUDA device.
     """
     torch.set_num_threads(threads)
-    planes.use_kernels(cache_dir)
+    scheme.use_kernels(cache_dir)
     keep_checksums(cache_dir)
     if kind == "cpu":
         cpu_kernels.use(cache_dir)

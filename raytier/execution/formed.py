@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytier.codecs.forms import Form
+from raytier.codecs.coded import DoesNotShrinkError
+from raytier.codecs.forms import Bytes, Form
+from raytier.tiers.aligned import AlignedBuffer, align_up
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,3 +43,26 @@ class FormedWeight:
 
 #: What a linear layer may have as its weight.
 Weight = Tensor | FormedWeight
+
+
+def plain(weight: Weight) -> Tensor:
+    """A weight that is known to be no other than plain."""
+    assert isinstance(weight, Tensor), "a weight in a form where only plain ones are handled"
+    return weight
+
+
+def encoded(form: Form, tensor: Tensor) -> Bytes | None:
+    """The bytes of a weight in `form`; None where coded they would be no fewer, so that it stays plain."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    source = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    try:
+        return form.encode(source, dtype, tuple(tensor.shape))
+    except DoesNotShrinkError:
+        return None
+
+
+def in_new_memory(data: Bytes) -> memoryview:
+    """A copy in huge pages, where the system gives them: what is read in every step is read faster from there."""
+    buffer = AlignedBuffer(align_up(data.nbytes))
+    buffer.view[: data.nbytes] = data.data
+    return buffer.view[: data.nbytes]

@@ -8,7 +8,6 @@ constants are the same. Where a call does not suit the kernels (of another dtype
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from inspect import unwrap
 from types import CodeType, FunctionType, MethodType
@@ -94,19 +93,13 @@ def _with_rotation(forward: FunctionType) -> FunctionType:
     return own
 
 
-#: Attention of decoder layers that are computed at once, and how each one names its window. All rotate as Llama does.
-_ATTENTION: tuple[tuple[type[nn.Module], Callable[[Any], int | None]], ...] = (
-    (llama.LlamaAttention, lambda attention: None),
-    (MistralAttention, lambda attention: getattr(attention.config, "sliding_window", None)),
-    (Qwen2Attention, lambda attention: attention.sliding_window),
-    (Qwen3Attention, lambda attention: attention.sliding_window),
-)
+#: Attention of decoder layers that are computed at once. All rotate as Llama does.
+_ATTENTION: tuple[type[nn.Module], ...] = (llama.LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
 
 
 @cache
-def _window_of(kind: type[nn.Module]) -> Callable[[Any], int | None] | None:
-    """How attention of `kind` names its window; None where it is not of those above."""
-    return next((window for known, window in _ATTENTION if _copies(kind.forward, known.forward)), None)
+def _is_known(attention: type[nn.Module]) -> bool:
+    return any(_copies(attention.forward, known.forward) for known in _ATTENTION)
 
 
 def _is_decoder_layer(layer: Any) -> bool:
@@ -119,7 +112,7 @@ def _is_decoder_layer(layer: Any) -> bool:
         _is_rms_norm(layer.input_layernorm)
         and _is_rms_norm(layer.post_attention_layernorm)
         and _is_gated(layer.mlp)
-        and _window_of(attention.__class__) is not None
+        and _is_known(attention.__class__)
         and _rotates(type(attention).forward)
         and all(_is_rms_norm(getattr(attention, name)) for name in ("q_norm", "k_norm") if hasattr(attention, name))
         and all(type(part) in (nn.Linear, linears.Linear) for part in _projections(layer))
@@ -155,13 +148,13 @@ def _decoder_layer(
 ) -> Tensor:
     context, attention = current_context(), self.self_attn
     if context is not None and attention_mask is None and position_embeddings is not None:
-        window = _window_of(attention.__class__)
-        assert window is not None
-        singles, longer = context.singles(window(attention) or 0)
-        pool = context.store.keys[attention.layer_idx], context.store.values[attention.layer_idx]
+        group = context.store.group_of[context.layer]
+        singles, longer = context.singles(context.window, group)
+        pool = context.store.keys[context.layer], context.store.values[context.layer]
         if not longer and cpu_layer.fits_layer(hidden_states, weights := _weights(self), pool, position_embeddings):
+            context.next_layer()
             return cpu_layer.layer(
-                hidden_states, weights, position_embeddings, context.slots, pool, singles, attention.scaling
+                hidden_states, weights, position_embeddings, context.slots[group], pool, singles, attention.scaling
             )
     return type(self).forward(  # type: ignore[no-any-return]
         self,

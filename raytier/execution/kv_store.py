@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytier.checkpoint.manifest import KVLayerSpec
+from raytier.checkpoint.manifest import KVLayerSpec, kv_windows
+from raytier.kv.tables import BlockCopy
 
 
 def slot_runs(block_table: tuple[int, ...], block_size: int, start: int, stop: int) -> list[tuple[int, int]]:
@@ -80,9 +81,14 @@ def batch_runs(runs: Sequence[tuple[int, int]]) -> list[RunBatch]:
 
 
 class KVStore:
-    """Keys and values of all layers for `num_blocks` blocks.
+    """Keys and values of all layers, for `num_blocks` blocks in every KV cache group.
+
+    A block of a group lies in the layers of that group alone (`group_of`, by layer).
 
     The memory is reserved, not touched: pages cost nothing until a token is written to them.
+
+    Attributes:
+        windows: per layer, tokens that a query sees, itself included; 0: all.
     """
 
     def __init__(
@@ -91,6 +97,10 @@ class KVStore:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.dtype = dtype
+        windows = kv_windows(layers)
+        self.group_of = tuple(windows.index(layer.sliding_window) for layer in layers)
+        self.num_groups = len(windows)
+        self.windows = [s.sliding_window or 0 for s in layers]
         slots = num_blocks * block_size
         self.keys = [torch.empty(s.num_kv_heads, slots, s.key_dim, dtype=dtype, device=device) for s in layers]
         self.values = [torch.empty(s.num_kv_heads, slots, s.value_dim, dtype=dtype, device=device) for s in layers]
@@ -118,6 +128,17 @@ class KVStore:
     def read_batch(self, layer: int, batch: RunBatch) -> tuple[Tensor, Tensor]:
         """Keys and values `[runs, num_kv_heads, length, dim]` of a batch of runs: always views."""
         return _strided(self.keys[layer], batch), _strided(self.values[layer], batch)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks; every source is read before any target is written."""
+        for group in {copy.group for copy in copies}:
+            pairs = [(copy.source, copy.target) for copy in copies if copy.group == group]
+            sources, targets = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
+            for layer, owner in enumerate(self.group_of):
+                if owner == group:
+                    for pool in (self.keys[layer], self.values[layer]):
+                        blocks = pool.view(pool.shape[0], self.num_blocks, -1)
+                        blocks.index_copy_(1, targets, blocks.index_select(1, sources))
 
     def read_tokens(self, layer: int, block_table: tuple[int, ...], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copies of keys and values of tokens start..stop-1 of a sequence, exact across scattered blocks (F9)."""

@@ -219,11 +219,6 @@ def parameter_unit(parameter: Parameter, files: Sequence[SourceFile]) -> StreamU
     return build_unit(parameter.name, [whole(parameter)], files)
 
 
-def host_nbytes(parameter: Parameter) -> int:
-    """Bytes that a host-tier parameter takes in the node's arena: its own, packed."""
-    return parameter.nbytes
-
-
 def row_unit(parameter: Parameter, rows: Sequence[int], files: Sequence[SourceFile]) -> StreamUnit:
     """The unit that holds single `rows` of a parameter, ascending and distinct; runs of rows are one member."""
     pieces: list[Piece] = []

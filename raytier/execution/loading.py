@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raytier.errors import TierError
 from raytier.execution.binding import members
+from raytier.execution.formed import plain
 from raytier.execution.layout import assemble, parameter_unit
 from raytier.execution.reader import Urgency
 from raytier.execution.sources import Sources
@@ -118,6 +119,6 @@ def begin_read(sources: Sources, name: str, urgency: Urgency) -> tuple[AlignedBu
     def arrived() -> Tensor:
         ticket.wait()
         assemble(unit, buffer.view)
-        return members(unit, buffer.view, sources.checkpoint)[name]
+        return plain(members(unit, buffer.view, sources.checkpoint)[name])
 
     return buffer, arrived

@@ -21,7 +21,6 @@ from raytier.execution.sources import Sources
 from raytier.execution.threads import compute_with, num_threads
 from raytier.execution.weights import Weights
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
-from raytier.planner.sizing import resident_nbytes
 from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
@@ -48,7 +47,8 @@ class ModelRunner:
         self._model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
         for module in self._model.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = buffer if buffer is None else buffer.to(device)
+                if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
+                    module._buffers[name] = buffer.to(device)
         self.kv = KVStore(
             manifest.kv_layers,
             share.kv_blocks,
@@ -100,6 +100,7 @@ class ModelRunner:
                 decoder_layers(runner._model),
                 sources,
                 plan.tier_of,
+                plan.schemes,
                 plan.devices[0],
                 target,
                 host_views or {},
@@ -187,10 +188,12 @@ class ModelRunner:
                 layer=p.layer,
                 tier=weights.tier_of[p.name],
                 nbytes=p.nbytes,
-                current_nbytes=(resident_nbytes(p, manifest) if weights.tier_of[p.name] is Tier.DEVICE else p.nbytes),
+                current_nbytes=weights.held_nbytes(p.name),
                 fixed=weights.fixed(p.name),
                 access_count=self._steps,
                 last_access=self._last_step,
+                precision=(form.name if (form := weights.scheme_of(p.name).form) is not None else "source"),
+                codec=weights.scheme_of(p.name).codec.name,
             )
             for p in manifest.parameters
         )
@@ -202,6 +205,7 @@ class ModelRunner:
     def _forward(self, batch: StepBatch) -> StepResult:
         device = self._device
         self.sampler.begin(batch)
+        self.kv.copy_blocks(batch.copies)
         ids: list[int] = []
         positions: list[int] = []
         for chunk in batch.chunks:

@@ -12,6 +12,7 @@ class ParameterStatus:
     """One parameter now. Sizes in bytes: as stored, and as held where it is.
 
     Attributes:
+        precision: the form in which it is held there, `source`: as in the checkpoint; codec: of its file.
         fixed: why it cannot move; None when it can.
         access_count: steps that have used it since the model was loaded; last_access: Unix time of the last, 0 never.
     """
@@ -24,3 +25,5 @@ class ParameterStatus:
     fixed: str | None
     access_count: int
     last_access: float
+    precision: str = "source"
+    codec: str = "none"

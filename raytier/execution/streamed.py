@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.execution.binding import members
 from raytier.execution.bus import Bus
+from raytier.execution.formed import Weight
 from raytier.execution.layout import StreamUnit, row_bytes, sweep_units
 from raytier.execution.reader import ReaderPool
 from raytier.execution.stream import StreamStats, WeightStream
@@ -96,7 +95,7 @@ class StreamedWeights:
         assert self._plan is not None
         return (index for index, unit in enumerate(self._plan.units) if unit.rows is not None)
 
-    def acquire(self, index: int) -> dict[str, Tensor]:
+    def acquire(self, index: int) -> dict[str, Weight]:
         """The parameters of a unit by name, as views into the ring, until its `release`; see `WeightStream.acquire`."""
         assert self._stream is not None and self._plan is not None
         tensors = members(self._plan.units[index], self._stream.acquire(index), self._plan.manifest)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raytier.execution.formed import Weight
 from raytier.execution.linears import apply
 
 
@@ -41,7 +42,7 @@ def attach_embedding(module: nn.Module, rows_of: Callable[[Tensor], Tensor | Non
     module.register_forward_hook(leave, always_call=True)
 
 
-def project_in_chunks(head: nn.Module, hidden: Tensor, vocab: int, chunks: Iterable[Tensor]) -> Tensor:
+def project_in_chunks(head: nn.Module, hidden: Tensor, vocab: int, chunks: Iterable[Weight]) -> Tensor:
     """What `head`, a linear layer, makes of `hidden` `[..., H]`: `[..., vocab]`. `chunks`: its rows, in order."""
     out = hidden.new_empty(*hidden.shape[:-1], vocab)
     start = 0

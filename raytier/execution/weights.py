@@ -9,6 +9,7 @@ rows that the batch needs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
+from raytier.codecs.scheme import PLAIN, Scheme
 from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierError
 from raytier.execution import linears
-from raytier.execution.binding import TORCH_DTYPES, Bindings, as_tensor
+from raytier.execution.binding import Bindings, as_tensor
 from raytier.execution.bus import Bus
+from raytier.execution.conversion import Converter
+from raytier.execution.formed import FormedWeight, Weight, plain
 from raytier.execution.gate import SweepGate
 from raytier.execution.layout import row_bytes
 from raytier.execution.loading import ResidentLoader, begin_read
@@ -29,9 +33,8 @@ from raytier.execution.rows import RowFetcher
 from raytier.execution.sources import Sources
 from raytier.execution.streamed import StreamedWeights, SweepPlan
 from raytier.execution.vocabulary import attach_embedding, project_in_chunks
-from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier
+from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, TierSchemes
 from raytier.planner.sizing import HEAD_CHUNK_ALONE, always_resident, resident_nbytes
-from raytier.tiers.aligned import AlignedBuffer
 from raytier.tiers.copies import TierCopy
 
 MIB = 2**20
@@ -46,6 +49,7 @@ class Weights:
     Args:
         layers: the decoder layers, part of `model`.
         tier_of: tier of every parameter by name.
+        schemes: in which form each tier holds a parameter.
         host_views: writable bytes in the node's arena of each host-tier parameter.
         gate: held by whoever runs a sweep.
 
@@ -59,6 +63,7 @@ class Weights:
         layers: nn.ModuleList,
         sources: Sources,
         tier_of: Mapping[str, Tier],
+        schemes: TierSchemes,
         share: DevicePlan,
         device: torch.device,
         host_views: Mapping[str, memoryview],
@@ -69,12 +74,13 @@ class Weights:
         self._device = device
         self._gate = gate
         self._tier_of = dict(tier_of)
+        self._schemes = schemes
         self._host_views = dict(host_views)
         self._bindings = Bindings(model, sources.manifest)
         self._bus = Bus(device) if device.type == "cuda" else None
-        self._dtype = TORCH_DTYPES[sources.manifest.compute_dtype]
-        self._resident: dict[str, Tensor] = {}  # of the device tier, as they are bound
-        self._host: dict[str, Tensor] = {}
+        self._converter = Converter(sources.manifest, schemes, self._bus)
+        self._resident: dict[str, Weight] = {}  # of the device tier, as they are bound
+        self._host: dict[str, Weight] = {}
         self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
         self._rows: RowFetcher | None = None
         self._closed = False
@@ -112,51 +118,42 @@ class Weights:
         return list(groups.items())
 
     def _begin_load(self, names: Sequence[str]) -> Callable[[], None]:
-        reading = [(name, *begin_read(self._sources, name, Urgency.STREAM)) for name in names]
+        reading = deque((name, *begin_read(self._sources, name, Urgency.STREAM)) for name in names)
 
         def finish() -> None:
-            for name, buffer, arrived in reading:
-                tensor = arrived()
+            while reading:  # and let go of each: what was converted is not needed as it was read
+                name, buffer, arrived = reading.popleft()
+                parameter, tensor = self.manifest.by_name[name], arrived()
                 if self._tier_of[name] is Tier.HOST:
-                    self._keep_on_host(name, self._to_host(name, tensor, self._host_views[name]))
+                    self._keep_on_host(name, self._converter.to_host(parameter, tensor, self._host_views[name]))
                 else:
-                    self._keep_on_device(name, self._to_device(tensor, buffer))
-                self.bytes_loaded += self.manifest.by_name[name].nbytes
+                    self._keep_on_device(name, self._converter.to_device(parameter, tensor, buffer))
+                self.bytes_loaded += parameter.nbytes
 
         return finish
 
-    def _to_device(self, tensor: Tensor, buffer: AlignedBuffer | None) -> Tensor:
-        """A parameter that has been read, as the device keeps it; it may stay in the buffer that it was read into."""
+    def _keep_on_device(self, name: str, weight: Weight) -> None:
+        self._resident[name] = weight
+        self._bindings.bind(name, weight)
+
+    def _keep_on_host(self, name: str, weight: Weight) -> None:
+        self._host[name] = weight
         if self._bus is not None:
-            return self._bus.copy(tensor.to(self._dtype))
-        return tensor.to(self._dtype, copy=buffer is None)
-
-    def _to_host(self, name: str, tensor: Tensor, view: memoryview) -> Tensor:
-        """A copy in the arena, whose pages are small: direct reads into them are slow, hence by way of a buffer."""
-        target = as_tensor(view[: self.manifest.by_name[name].nbytes], self.manifest.by_name[name])
-        return target.copy_(tensor)
-
-    def _keep_on_device(self, name: str, tensor: Tensor) -> None:
-        self._resident[name] = tensor
-        self._bindings.bind(name, tensor)
-
-    def _keep_on_host(self, name: str, tensor: Tensor) -> None:
-        self._host[name] = tensor
-        if self._bus is not None:
-            self._bus.pin(tensor)
+            self._bus.pin(plain(weight))
         else:  # host memory is this device's own memory: used in place
-            self._bindings.bind(name, tensor)
+            self._bindings.bind(name, weight)
 
     def _pack_all(self, stopped: Callable[[], bool]) -> None:
         """Bring resident weights into the kernel's own layout, one at a time: until then the plain ones serve."""
         for name in [name for name in self._resident if self._packs(name)]:
             if stopped():
                 return
-            packed = linears.pack(self._resident[name])
+            packed = linears.pack(plain(self._resident[name]))
             self._gate.between(partial(self._keep_packed, name, packed))
 
     def _packs(self, name: str) -> bool:
-        return self._share.packed and self._bus is None and self._bindings.can_pack(name)
+        formed = self._schemes.of(name, Tier.DEVICE).form is not None
+        return self._share.packed and self._bus is None and not formed and self._bindings.can_pack(name)
 
     def _keep_packed(self, name: str, packed: Tensor) -> None:
         self._resident[name] = packed
@@ -188,15 +185,16 @@ class Weights:
             index = self._streamed.unit_of(number)
             if index is None and self._bus is None:
                 return
-            tensors = self._streamed.acquire(index) if index is not None else {}
+            weights = self._streamed.acquire(index) if index is not None else {}
             if self._bus is not None:
-                tensors |= {name: self._host[name] for name in names if name in self._host}
-                tensors = self._bus.upload(tensors)
+                weights |= {name: self._host[name] for name in names if name in self._host}
+                uploaded = self._bus.upload({name: plain(weight) for name, weight in weights.items()})
+                weights = {**uploaded}
                 if index is not None:
                     self._streamed.release(index)
-            for name, tensor in tensors.items():
-                self._bindings.bind(name, tensor)
-            bound.extend(tensors)
+            for name, weight in weights.items():
+                self._bindings.bind(name, weight)
+            bound.extend(weights)
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             if bound:
@@ -217,7 +215,10 @@ class Weights:
         if tier in FILE_TIERS:
             return self._fetch_rows(ids.tolist()).to(self._device)
         if tier is Tier.HOST and self._bus is not None:
-            return self._host[name][ids.cpu()].to(self._device)
+            return plain(self._host[name])[ids.cpu()].to(self._device)
+        held = self._host.get(name) if tier is Tier.HOST else self._resident.get(name)
+        if isinstance(held, FormedWeight):
+            return torch.cat([held.rows(row, 1) for row in ids.tolist()])
         return None
 
     def _fetch_rows(self, rows: list[int]) -> Tensor:
@@ -244,16 +245,20 @@ class Weights:
         head = self.manifest.by_name[self.manifest.head]
         return project_in_chunks(self._head, hidden, head.shape[0], self._head_chunks(head))
 
-    def _head_chunks(self, head: Parameter) -> Iterator[Tensor]:
+    def _head_chunks(self, head: Parameter) -> Iterator[Weight]:
         """Rows of the head in order, each chunk valid until the next one is asked for."""
         if self._tier_of[head.name] in FILE_TIERS:
             for index in self._streamed.head_units():
                 chunk = self._streamed.acquire(index)
-                yield (chunk if self._bus is None else self._bus.upload(chunk))[head.name]
+                yield (
+                    chunk[head.name]
+                    if self._bus is None
+                    else self._bus.upload({head.name: plain(chunk[head.name])})[head.name]
+                )
                 self._streamed.release(index)
         else:
             assert self._bus is not None
-            for rows in torch.split(self._host[head.name], max(1, HEAD_CHUNK_ALONE // row_bytes(head))):
+            for rows in torch.split(plain(self._host[head.name]), max(1, HEAD_CHUNK_ALONE // row_bytes(head))):
                 yield self._bus.upload({head.name: rows})[head.name]
 
     # Moving
@@ -294,7 +299,7 @@ class Weights:
             return {}
         if destination is Tier.RAMDISK and not came_from.keys() <= copies.keys():
             raise ValueError("a parameter can be on the ramdisk only where it has been copied to")
-        ready: dict[str, Tensor] = {}
+        ready: dict[str, Weight] = {}
         if destination not in FILE_TIERS:
             self._check_room(self._tier_of | dict.fromkeys(came_from, destination), self.ring_bytes)
             for name in came_from:
@@ -302,21 +307,24 @@ class Weights:
         self._gate.between(lambda: self._settle(destination, came_from, ready, copies))
         return came_from
 
-    def _bring(self, name: str, destination: Tier, host_views: Mapping[str, memoryview]) -> Tensor:
+    def _bring(self, name: str, destination: Tier, host_views: Mapping[str, memoryview]) -> Weight:
         """The parameter in memory of `destination`, as it is kept there."""
-        tensor, buffer = self._host.get(name), None
-        if tensor is None:  # what is packed on the device is read again: the checkpoint has the plain bytes
+        held, buffer = self._host.get(name), None
+        if isinstance(held, Tensor):
+            tensor = held
+        else:  # what is packed on the device, or in another form, is read again: the checkpoint has the plain bytes
             buffer, arrived = begin_read(self._sources, name, Urgency.BACKGROUND)
             tensor = arrived()
+        parameter = self.manifest.by_name[name]
         if destination is Tier.HOST:
-            return self._to_host(name, tensor, host_views[name])
-        return linears.pack(tensor) if self._packs(name) else self._to_device(tensor, buffer)
+            return self._converter.to_host(parameter, tensor, host_views[name])
+        return linears.pack(tensor) if self._packs(name) else self._converter.to_device(parameter, tensor, buffer)
 
     def _settle(
         self,
         destination: Tier,
         came_from: Mapping[str, Tier],
-        ready: Mapping[str, Tensor],
+        ready: Mapping[str, Weight],
         copies: Mapping[str, TierCopy],
     ) -> None:
         if self._closed:
@@ -337,17 +345,17 @@ class Weights:
             self._resident.pop(name, None)
             host = self._host.pop(name, None)
             if host is not None and self._bus is not None:
-                self._bus.unpin(host.data_ptr())
+                self._bus.unpin(plain(host).data_ptr())
         self._wire_head()
         self._streamed.start(plan)
         self._sources.adopt(manifest)
-        for name, tensor in ready.items():
+        for name, weight in ready.items():
             if destination is Tier.HOST:
-                self._keep_on_host(name, tensor)
+                self._keep_on_host(name, weight)
             elif self._packs(name):
-                self._keep_packed(name, tensor)
+                self._keep_packed(name, plain(weight))
             else:
-                self._keep_on_device(name, tensor)
+                self._keep_on_device(name, weight)
 
     def _check_room(self, tier_of: Mapping[str, Tier], ring_bytes: int) -> None:
         share = self._share
@@ -362,10 +370,34 @@ class Weights:
             )
 
     def _resident_nbytes(self, tier_of: Mapping[str, Tier]) -> int:
-        manifest = self.manifest
-        return sum(resident_nbytes(p, manifest) for p in manifest.parameters if tier_of[p.name] is Tier.DEVICE)
+        """Of what is there the bytes that it takes, of what is to come those that were planned for it."""
+        total = 0
+        for p in self.manifest.parameters:
+            if tier_of[p.name] is Tier.DEVICE:
+                held = self._resident.get(p.name)
+                planned = resident_nbytes(p, self.manifest, self._schemes)
+                total += held.nbytes if isinstance(held, FormedWeight) else planned
+        return total
 
     # What is held and has been done
+
+    def held_nbytes(self, name: str) -> int:
+        """Bytes of a parameter where it is computed on."""
+        parameter, tier = self.manifest.by_name[name], self._tier_of[name]
+        held = (self._resident if tier is Tier.DEVICE else self._host).get(name)
+        if isinstance(held, FormedWeight):
+            return held.nbytes
+        if tier is Tier.DEVICE:
+            return resident_nbytes(parameter, self.manifest)
+        return parameter.stored.nbytes if parameter.stored is not None else parameter.nbytes
+
+    def scheme_of(self, name: str) -> Scheme:
+        """What has been made of a parameter where it is."""
+        tier, stored = self._tier_of[name], self.manifest.by_name[name].stored
+        if tier in FILE_TIERS:
+            return PLAIN if stored is None else Scheme(stored.form, stored.codec)
+        held = (self._resident if tier is Tier.DEVICE else self._host).get(name)
+        return Scheme(held.form) if isinstance(held, FormedWeight) else PLAIN
 
     @property
     def resident_bytes(self) -> int:

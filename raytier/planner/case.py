@@ -79,7 +79,7 @@ class Case:
         return sum(
             resident_nbytes(p, self.manifest, self.schemes)
             for p in parameters
-            if len(p.shape) > 1 and p.dtype != self.manifest.compute_dtype
+            if len(p.shape) > 1 and p.dtype != self.manifest.computed_dtype(p)
         )
 
     @property

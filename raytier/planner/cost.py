@@ -136,14 +136,14 @@ def describe_sweep(
             bus[layer],
             fast[layer],
             plain[layer],
-            kv.token_bytes(manifest.compute_dtype),
-            kv.sliding_window or 0,
+            sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)),
+            max(((kv.sliding_window or 0) for kv in manifest.kv_of(layer)), default=0),
             packed_matrices=fast_count[layer],
             plain_matrices=plain_count[layer],
             decoded_bytes=decoded[layer],
             held_bytes=held[layer],
         )
-        for layer, kv in enumerate(manifest.kv_layers)
+        for layer in range(count)
     ]
 
     head = manifest.by_name[manifest.head]
@@ -216,13 +216,16 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     disk = [u.disk_bytes / rates.disk_read_bytes_per_s for u in sweep.units]
     ramdisk = [u.ramdisk_bytes / _ramdisk_rate(rates) for u in sweep.units]
     # Files share the reading threads; the bus works on another unit at the same time: the slower one sets the pace.
-    io = [max(d + r, u.bus_bytes / bus_rate) for u, d, r in zip(sweep.units, disk, ramdisk, strict=True)]
+    # Threads that wait for the disk let others decode; with all cores at it, what is read arrives no faster than that.
+    decode = [u.decoded_bytes / rates.decode_bytes_per_s if rates.decode_bytes_per_s else 0.0 for u in sweep.units]
+    io = [max(d + r, c, u.bus_bytes / bus_rate) for u, d, r, c in zip(sweep.units, disk, ramdisk, decode, strict=True)]
     matrix = [_matrix_seconds(u, rates, load) for u in sweep.units]
     attention = [_attention_seconds(u, rates, load) + _prompt_seconds(u, sweep, rates, load) for u in sweep.units]
     calls = [_call_seconds(u, rates, load) for u in sweep.units]
-    # A GPU computes while the calls for the next operations are made.
+    # A GPU computes while the calls for the next operations are made; on a CPU decoding takes cores from computing.
     work = [
-        max(m + a, c) if sweep.kind == "cuda" else m + a + c for m, a, c in zip(matrix, attention, calls, strict=True)
+        max(m + a, c) if sweep.kind == "cuda" else m + a + c + d
+        for m, a, c, d in zip(matrix, attention, calls, decode, strict=True)
     ]
 
     row_rate = rates.disk_read_bytes_per_s if sweep.row_tier is Tier.NVME else _ramdisk_rate(rates)

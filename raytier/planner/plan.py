@@ -62,6 +62,10 @@ class TierSchemes:
         coded = self.of(parameter.name, tier).codec.name != "none"
         return self.held_nbytes(parameter, tier) if coded else 0
 
+    def codecs(self, tier: Tier) -> frozenset[str]:
+        """Names of the codecs in a tier's files."""
+        return frozenset(scheme.codec.name for scheme in self.by_tier.get(tier, {}).values())
+
     def converted(self, tier: Tier) -> frozenset[str]:
         """Names of what a tier does not hold as the checkpoint does."""
         return frozenset(self.by_tier.get(tier, {}))

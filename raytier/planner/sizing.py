@@ -23,28 +23,33 @@ HEAD_CHUNK_ALONE = 16 * MIB
 
 
 def resident_nbytes(parameter: Parameter, manifest: ModelManifest, schemes: TierSchemes | None = None) -> int:
-    """Bytes of a resident parameter: it is cast to the compute dtype when loaded, if `schemes` have no form for it."""
+    """Bytes of a resident parameter: it is cast to the dtype that it is computed in when loaded, if `schemes` have no
+    form for it."""
     if schemes is not None and schemes.of(parameter.name, Tier.DEVICE).form is not None:
         return schemes.held_nbytes(parameter, Tier.DEVICE)
-    return prod(parameter.shape) * DTYPE_BYTES[manifest.compute_dtype]
+    return prod(parameter.shape) * DTYPE_BYTES[manifest.computed_dtype(parameter)]
 
 
 def always_resident(parameter: Parameter, manifest: ModelManifest) -> str | None:
     """Why a parameter can only live on the device, or None when it may be streamed."""
     if parameter.role is not Role.LAYER and parameter.name not in (manifest.embedding, manifest.head):
         return "always resident: outside the layers"
+    if parameter.resident is not None:
+        return f"always resident: {parameter.resident}"
     if len(parameter.shape) < 2:
         return "always resident: norm or bias"
-    if parameter.dtype != manifest.compute_dtype:
-        return f"always resident: cast from {parameter.dtype} to {manifest.compute_dtype}"
+    if parameter.dtype != (dtype := manifest.computed_dtype(parameter)):
+        return f"always resident: cast from {parameter.dtype} to {dtype}"
     return None
 
 
 def packable(parameter: Parameter, manifest: ModelManifest, tier: Tier) -> bool:
     """Whether execution packs a parameter on `tier` for the CPU's kernels: a resident matrix of one linear layer.
 
-    A tied pair is not: its other use, the embedding, reads rows.
+    A tied pair is not: its other use, the embedding, reads rows. Experts are not, since few of them compute in a step.
     """
+    if parameter.expert is not None or parameter.resident is not None:
+        return False
     return tier is Tier.DEVICE and len(parameter.shape) == 2 and parameter.name != manifest.embedding
 
 

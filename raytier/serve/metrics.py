@@ -134,6 +134,19 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     tier = ("model_name", "tier")
     yield gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", [((model_id, "device"), used)], tier)
     yield gauge("kv_cache_blocks", "KV blocks that there are.", [((model_id, "device"), stats.kv_blocks_total)], tier)
+    cached = stats.kv_blocks_cached / max(1, stats.kv_blocks_total)
+    text = "Share of the KV blocks that no sequence uses and that are found by what they hold, 0 to 1."
+    yield gauge("kv_cache_cached_perc", text, [((model_id, "device"), cached)], tier)
+    yield counter(
+        "kv_cache_evictions", "Cached KV blocks given up.", [((model_id, "device"), stats.kv_evictions)], tier
+    )
+    yield counter("kv_block_copies", "Shared KV blocks copied to be written to.", [(one, stats.kv.copies)])
+    yield counter("kv_allocation_failures", "Times that a sequence found no KV block.", [(one, stats.kv.failures)])
+    yield counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", [(one, stats.kv.queries)])
+    yield counter("prefix_cache_hits", "Of these, those found.", [(one, stats.kv.hits)])
+    text = "Tokens of prompts that were found and not computed, by where."
+    found = [((model_id, "device"), stats.kv.hits)]
+    yield counter("prompt_tokens_cached_by_source", text, found, ("model_name", "source"))
     yield counter("num_preemptions", "Sequences put back into the queue.", [(one, stats.preemptions)])
     yield counter("engine_steps", "Steps.", [(one, stats.steps)])
     total = stats.total

@@ -28,6 +28,7 @@ from raytier.serve.runtime_schema import (
     ActorInfo,
     GenerateAnswer,
     HardwareSummary,
+    KVAnswer,
     Layer,
     LayerGroup,
     LoadProgress,
@@ -275,6 +276,17 @@ class Runtime:
         """The plan of the loaded model, with the tiers in which its parameters are now. Raises as `layers`."""
         loaded = self._loaded(model)
         return views.plan(loaded.model_id, loaded.plan, loaded.description.manifest, loaded.mover.tier_of)
+
+    async def kv(self, model: str | None = None) -> KVAnswer:
+        """The KV cache of the loaded model; the ledger's part is left out where its actor does not answer. Raises as
+        `layers`."""
+        loaded, engine = self._loaded(model), self._control.running
+        assert engine is not None
+        try:
+            ledger = (await asyncio.to_thread(self._node.status, _STATUS_TIMEOUT_S)).kv
+        except (EngineDeadError, TimeoutError):
+            ledger = None
+        return views.kv(engine, loaded.description.manifest, loaded.plan, ledger)
 
     def _loaded(self, model: str | None) -> Loaded:
         model_id = self._control.resolve(model)

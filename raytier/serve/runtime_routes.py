@@ -13,6 +13,7 @@ from raytier.serve.runtime import Runtime
 from raytier.serve.runtime_schema import (
     GenerateAnswer,
     GenerateRequest,
+    KVAnswer,
     Layer,
     LayerGroup,
     LoadRequest,
@@ -139,6 +140,15 @@ def make_runtime_router(runtime: Runtime, name: str, version: str) -> APIRouter:
     )
     async def transfer_status(transfer_id: str) -> TransferStatus:
         return await runtime.transfer_status(transfer_id)
+
+    @router.get(
+        "/kv",
+        summary="The KV cache of the loaded model: blocks by tier, what is shared and found again",
+        tags=["kv"],
+        responses=_errors(404, 409, 422, 503),
+    )
+    async def kv(model: str | None = _MODEL) -> KVAnswer:
+        return await runtime.kv(model)
 
     @router.get(
         "/plan",

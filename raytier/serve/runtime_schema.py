@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
+from raytier.kv.ledger import KVStats
 from raytier.planner.plan import DevicePlan, Tier
 from raytier.serve.control import State, UnloadMode
 
@@ -220,6 +221,76 @@ class PlanAnswer(_Answer):
     first_token_seconds: float
     warnings: list[str]
     notes: list[str]
+
+
+# --- KV ---------------------------------------------------------------------------------------------------------------
+
+
+class KVTierUse(_Answer):
+    """KV blocks of a tier. Those that are cached are free: no sequence uses them, what they hold is found again."""
+
+    tier: Tier
+    total_blocks: int
+    used_blocks: int
+    cached_blocks: int
+    free_blocks: int
+    total_bytes: int
+    used_bytes: int
+    cached_bytes: int
+    evictions: int
+
+
+class KVGroupUse(_Answer):
+    """The layers of one attention window, which share block tables; `window` null: full attention."""
+
+    window: int | None
+    num_layers: int
+    block_bytes: int
+    total_blocks: int
+    used_blocks: int
+    cached_blocks: int
+
+
+class KVSequence(_Answer):
+    """A running sample of a request; `shared_blocks` are other sequences' as well."""
+
+    request_id: str
+    index: int
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+    shared_blocks: int
+
+
+class PrefixCacheCounts(_Answer):
+    """Tokens looked up when sequences began, and those that were found, by tier."""
+
+    queries: int
+    hits: int
+    hit_rate: float
+    hits_by_tier: dict[Tier, int]
+
+
+class KVAnswer(_Answer):
+    """Answer of GET /api/kv. Counters begin anew with every load."""
+
+    model_name: str
+    block_size: int = Field(description="In tokens.")
+    pressure: Literal["low", "high", "critical"]
+    free_fraction: float
+    high_free_fraction: float
+    critical_free_fraction: float
+    tiers: list[KVTierUse]
+    groups: list[KVGroupUse]
+    active_sequences: int
+    allocations: int
+    failures: int
+    copies: int = Field(description="Blocks copied because several sequences shared them.")
+    forks: int = Field(description="Samples that began with the blocks of another one.")
+    preemptions: int
+    prefix_cache: PrefixCacheCounts
+    sequences: list[KVSequence]
+    ledger: KVStats | None = Field(description="What the KVBlockActor knows, as of its last report; null without one.")
 
 
 # --- server -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from raytier.serve.handles import ChatDelta, GenerateResult
 from raytier.serve.http import build_api
 from raytier.serve.runtime import Runtime
 from raytier.serve.runtime_schema import (
+    KVAnswer,
     Layer,
     ModelStatus,
     OperationAnswer,
@@ -192,6 +193,10 @@ class LLMServer:
     async def plan(self, model: str | None = None) -> PlanAnswer:
         """The plan of the loaded model, with the tiers in which its parameters are now."""
         return await self.runtime.plan(model)
+
+    async def kv(self, model: str | None = None) -> KVAnswer:
+        """The KV cache of the loaded model: blocks by tier, what is shared and found again."""
+        return await self.runtime.kv(model)
 
     async def status(self) -> ServerStatus:
         """The whole server at a glance."""

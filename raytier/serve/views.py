@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Literal
 
 from raytier.actors.disk import DiskStatus
 from raytier.actors.group import GroupStatus
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import MIB
+from raytier.engine.engine import Engine
 from raytier.execution.parameters import ParameterStatus
+from raytier.kv.ledger import KVStats
 from raytier.planner.plan import Tier, WeightPlan
 from raytier.serve.runtime_schema import (
+    KVAnswer,
+    KVGroupUse,
+    KVSequence,
+    KVTierUse,
     Layer,
     LayerGroup,
     LoadProgress,
     PlacedParameter,
     PlanAnswer,
     PredictedStep,
+    PrefixCacheCounts,
     TierHealth,
     TransferStatus,
 )
@@ -55,8 +63,8 @@ def layer(number: int, status: ParameterStatus, plan: WeightPlan) -> Layer:
         current_size_mb=status.current_nbytes / MIB,
         current_device=device,
         gpu_id=gpu,
-        quantization_type="none",
-        compression_type="none",
+        quantization_type=status.precision,
+        compression_type=status.codec,
         access_count=status.access_count,
         last_access_timestamp=status.last_access or None,
     )
@@ -157,6 +165,60 @@ def plan(model_id: str, planned: WeightPlan, manifest: ModelManifest, tier_of: M
         first_token_seconds=planned.first_token_seconds,
         warnings=list(planned.warnings),
         notes=list(planned.notes),
+    )
+
+
+def kv(engine: Engine, manifest: ModelManifest, planned: WeightPlan, ledger: KVStats | None) -> KVAnswer:
+    """The KV of a loaded model."""
+    stats, policy, block_size = engine.stats(), engine.kv.policy, planned.devices[0].block_size
+    groups = []
+    for use in stats.kv_groups:
+        layers = sum(layer.sliding_window == use.window for layer in manifest.kv_layers)
+        groups.append(
+            KVGroupUse(
+                window=use.window,
+                num_layers=layers,
+                block_bytes=block_size * manifest.kv_group_token_bytes(use.window),
+                total_blocks=use.num_blocks,
+                used_blocks=use.used,
+                cached_blocks=use.cached,
+            )
+        )
+    device = KVTierUse(
+        tier=Tier.DEVICE,
+        total_blocks=stats.kv_blocks_total,
+        used_blocks=stats.kv_blocks_used,
+        cached_blocks=stats.kv_blocks_cached,
+        free_blocks=stats.kv_blocks_free,
+        total_bytes=sum(group.total_blocks * group.block_bytes for group in groups),
+        used_bytes=sum(group.used_blocks * group.block_bytes for group in groups),
+        cached_bytes=sum(group.cached_blocks * group.block_bytes for group in groups),
+        evictions=stats.kv_evictions,
+    )
+    counts = stats.kv
+    return KVAnswer(
+        model_name=engine.model_id,
+        block_size=block_size,
+        pressure=stats.kv_pressure.value,
+        free_fraction=min((1 - g.used_blocks / max(1, g.total_blocks) for g in groups), default=1.0),
+        high_free_fraction=policy.high_free_fraction,
+        critical_free_fraction=policy.critical_free_fraction,
+        tiers=[device],
+        groups=groups,
+        active_sequences=stats.running,
+        allocations=counts.allocations,
+        failures=counts.failures,
+        copies=counts.copies,
+        forks=counts.forks,
+        preemptions=stats.preemptions,
+        prefix_cache=PrefixCacheCounts(
+            queries=counts.queries,
+            hits=counts.hits,
+            hit_rate=counts.hits / counts.queries if counts.queries else 0.0,
+            hits_by_tier={Tier.DEVICE: counts.hits},
+        ),
+        sequences=[KVSequence(**asdict(sequence)) for sequence in engine.kv_sequences()],
+        ledger=ledger,
     )
 
 

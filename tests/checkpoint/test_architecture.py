@@ -22,7 +22,8 @@ from raytier.checkpoint.architecture import (
     restore_buffers,
 )
 from raytier.checkpoint.describe import describe_config
-from raytier.checkpoint.probe import probe_attention
+from raytier.checkpoint.manifest import ExpertBank
+from raytier.checkpoint.probe import probe
 from raytier.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoint.families import FAMILIES, family_config
 from tests.models import MakeModel
@@ -121,7 +122,7 @@ WINDOWS = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kv_layers(name: str) -> None:
-    layers = probe_attention(construct(family_config(name), "float32"))
+    layers = probe(construct(family_config(name), "float32")).kv_layers
     assert [layer.sliding_window for layer in layers] == WINDOWS.get(name, [None] * 4)
     heads = 4 if name in ("gpt2", "gpt_neox") else 2
     dim = 16 if name in ("qwen3", "gemma2", "gemma3_text") else 8
@@ -142,7 +143,7 @@ def test_latent_attention_keeps_its_two_widths() -> None:
         qk_rope_head_dim=4,
         v_head_dim=6,
     )
-    layers = probe_attention(construct(config, "float32"))
+    layers = probe(construct(config, "float32")).kv_layers
     assert [(layer.key_dim, layer.value_dim) for layer in layers] == [(12, 6)] * 2
 
 
@@ -157,20 +158,15 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "nu
         ("bert", {"is_decoder": True}, "encoder"),
         ("roberta", {}, "encoder"),
         ("bart", {}, "encoder"),
-        ("bert-generation", {}, "does more than continue text"),
+        ("bert-generation", {}, "decoder of another model"),
         ("mamba", {}, "recurrent or convolution state"),
         ("bloom", {}, "does not support the attention interface"),
-        ("mixtral", SMALL | {"num_local_experts": 2}, r"mixture-of-experts.*experts\.gate_up_proj"),
-        ("qwen3_moe", SMALL | {"num_experts": 2, "moe_intermediate_size": 16}, "mixture-of-experts"),
         ("deepseek_v32", {}, "indexed_attention"),
         ("llama4_text", {}, "chunked_attention"),
-        ("gemma3", {}, "multimodal"),
+        ("llama4", {}, "one part of it"),
+        ("moshi", SMALL | {"sliding_window": 8}, "attends to all tokens while its config states a window of 8"),
         ("doge", SMALL, "builds its own attention mask"),
-        ("moshi", SMALL | {"sliding_window": 8}, "window is only in the mask"),
-        ("diffllama", SMALL, "attention once in order"),
-        ("gemma3_text", SMALL | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma3n_text", {}, "share the KV cache"),
-        ("gemma4_text", SMALL, "buffers stored in the checkpoint"),
+        ("gemma3_text", SMALL | {"use_bidirectional_attention": True}, "in both directions"),
         ("llama", SMALL | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("llama", SMALL | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised checkpoint \(gptq"),
         ("llama", SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
@@ -195,33 +191,46 @@ SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "nu
 )
 def test_refusals_name_reason_and_nearest(model_type: str, values: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says) as caught:
-        probe_attention(construct(CONFIG_MAPPING[model_type](**values), "float32"))
+        probe(construct(CONFIG_MAPPING[model_type](**values), "float32"))
     assert "Nearest supported: " in caught.value.message
 
 
-def test_windows_in_the_mask_only_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """qwen2_moe and phimoe do so (and are refused before, as mixture-of-experts)."""
+def test_windows_that_only_the_mask_states_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """qwen2_moe and phimoe do so."""
     model = construct(family_config("mistral"), "float32")
     config = model.config
     for layer in decoder_layers(model):
         monkeypatch.setattr(layer.self_attn, "config", type(config)(**config.to_dict() | {"sliding_window": None}))
         layer.self_attn.config._attn_implementation = "raytier_probe"
-    with pytest.raises(UnsupportedModelError, match="window of 8 tokens by its config and None"):
-        probe_attention(model)
+    assert [layer.sliding_window for layer in probe(model).kv_layers] == [8] * 4
+
+
+def test_several_attention_calls_of_a_layer_have_a_cache_each() -> None:
+    """diffllama attends twice with the same keys and other values."""
+    layers = probe(construct(CONFIG_MAPPING["diffllama"](**SMALL), "float32")).kv_layers
+    assert [layer.layer for layer in layers] == [0, 0, 1, 1]
+
+
+def test_experts_are_seen() -> None:
+    config = CONFIG_MAPPING["mixtral"](**SMALL | {"num_local_experts": 6, "num_experts_per_tok": 3})
+    banks = probe(construct(config, "float32")).experts
+    assert banks == tuple(ExpertBank(f"model.layers.{n}.mlp.experts", n, 6, 3) for n in range(2))
 
 
 def test_convolutions_are_refused() -> None:
     model = construct(family_config("llama"), "float32")
-    model.model.layers[1].conv = torch.nn.Conv1d(4, 4, 3, device="meta")
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.conv"):
-        probe_attention(model)
+    mlp = model.model.layers[1].mlp
+    mlp.conv = torch.nn.Conv1d(3, 3, 3, padding=1, device="meta")
+    mlp.register_forward_pre_hook(lambda module, args: (module.conv(args[0]),))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.conv"):
+        probe(model)
 
 
 def test_probe_leaves_the_model_ready_after_a_failure() -> None:
     model = construct(family_config("llama"), "float32")
     model.model.layers[1].self_attn.is_causal = False
     with pytest.raises(UnsupportedModelError, match="both directions"):
-        probe_attention(model)
+        probe(model)
     assert model.config._attn_implementation == "raytier"
 
 
@@ -257,3 +266,13 @@ def test_code_of_the_model_is_not_run_where_transformers_has_its_own(tmp_path: P
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass")
     assert causal_lm_class(load_config(str(tmp_path))).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
+
+
+def test_parts_that_do_not_continue_text_are_left_out(tmp_path: Path) -> None:
+    """E2: a model that takes images too runs on text alone, and its tower is not even read."""
+    text = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    names = [p.name for p in describe_config(str(tmp_path)).parameters]
+    assert any(".language_model.layers.1." in name for name in names)
+    assert not any("vision" in name or "projector" in name for name in names)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 
-from raytier.checkpoint import describe
+from raytier.checkpoint import stored
 from raytier.checkpoint.describe import describe_config, describe_model
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
 from raytier.errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -173,19 +173,21 @@ def test_rules_of_transformers_are_applied(make_model: MakeModel, monkeypatch: p
 
     rewrite(path, change)
     rename = WeightRenaming("old_norm", "input_layernorm")
-    monkeypatch.setattr(describe, "get_model_conversion_mapping", lambda model: [rename])
+    monkeypatch.setattr(stored, "get_model_conversion_mapping", lambda model: [rename])
     manifest = describe_model(str(path)).manifest
     name = "model.layers.2.input_layernorm.weight"
     assert torch.equal(read(manifest, manifest.by_name[name]), expected[name])
 
     # A rule that would rename what the model has under the stored name does not apply.
     over = WeightRenaming("post_attention_layernorm", "elsewhere")
-    monkeypatch.setattr(describe, "get_model_conversion_mapping", lambda model: [rename, over])
+    monkeypatch.setattr(stored, "get_model_conversion_mapping", lambda model: [rename, over])
     assert describe_model(str(path)).manifest == manifest
 
     convert = WeightConverter("old_norm", "input_layernorm", operations=[Transpose()])
-    monkeypatch.setattr(describe, "get_model_conversion_mapping", lambda model: [convert])
-    with pytest.raises(UnsupportedModelError, match=r"input_layernorm\.weight is converted from .*old_norm"):
+    monkeypatch.setattr(stored, "get_model_conversion_mapping", lambda model: [convert])
+    with pytest.raises(
+        UnsupportedModelError, match=r"input_layernorm\.weight is converted from the checkpoint by Transpose"
+    ):
         describe_model(str(path))
 
 

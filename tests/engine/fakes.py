@@ -66,7 +66,7 @@ class PagedExecutor:
     """Keeps tokens where a real executor keeps KV, in slots `block * block_size + offset`.
 
     The history that a draw depends on is read back through the block table, so a block that two sequences
-    write to, a wrong start or a missing token changes the output or fails right away.
+    write to, a wrong start, a missing token or a copy left out changes the output or fails right away.
 
     Args:
         model: replaces `next_token`; gets (history, draw) and returns the token.
@@ -82,7 +82,7 @@ class PagedExecutor:
         on_step: Callable[[StepBatch], None] | None = None,
     ) -> None:
         self.block_size = block_size
-        self.slots: list[tuple[int, int, int] | None] = [None] * (num_blocks * block_size)
+        self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)  # position, token
         self.batches: list[StepBatch] = []
         self.known: dict[int, Arrival] = {}
         self.logprobs: dict[int, int] = {}  # of sequences that want them: tokens whose logprobs are known
@@ -101,6 +101,10 @@ class PagedExecutor:
             self.logprobs.pop(seq_id, None)
         for arrival in batch.arrivals:
             assert self.known.setdefault(arrival.seq_id, arrival) is arrival, "it is known already"
+        old = list(self.slots)
+        for copy in batch.copies:
+            for offset in range(self.block_size):
+                self.slots[copy.target * self.block_size + offset] = old[copy.source * self.block_size + offset]
         written: set[int] = set()
         result = StepResult(batch.step, stats=StepStats(batch.num_tokens, len(batch.chunks), bytes_streamed=1000))
         for chunk in batch.chunks:
@@ -112,14 +116,14 @@ class PagedExecutor:
                 slot = self._slot(chunk.block_table, position)
                 assert slot not in written, "two sequences of a step write to the same slot"
                 written.add(slot)
-                self.slots[slot] = (chunk.seq_id, position, token)
+                self.slots[slot] = (position, token)
         for chunk in batch.chunks:
             history = []
             for position in range(chunk.start + len(chunk.token_ids)):
                 entry = self.slots[self._slot(chunk.block_table, position)]
                 assert entry is not None, f"sequence {chunk.seq_id}: token {position} was never written"
-                assert entry[:2] == (chunk.seq_id, position), f"slot of {chunk.seq_id}@{position} holds {entry}"
-                history.append(entry[2])
+                assert entry[0] == position, f"slot of {chunk.seq_id}@{position} holds {entry}"
+                history.append(entry[1])
             arrival = self.known[chunk.seq_id]
             if arrival.spec.prompt_logprobs is not None:
                 first = self.logprobs.setdefault(arrival.seq_id, arrival.logprobs_known)

@@ -21,7 +21,8 @@ from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.step import SampleSpec, StepBatch, StepExecutor, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError, ResourceNotAvailableError
 from raytier.kv.block_pool import BlockPool
-from raytier.kv.ledger import LeaseLedger
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import GroupShape, LeaseLedger
 from tests.engine.fakes import PagedExecutor, byte_level_tokenizer, next_token
 
 TOKENIZER = byte_level_tokenizer()
@@ -94,7 +95,7 @@ class House:
             "fake",
             executor or PagedExecutor(blocks + 1, BLOCK, VOCAB, model, before_step),
             TOKENIZER,
-            pool,
+            KVCache([pool]),
             defaults or GenerationDefaults(),
             EngineConfig(
                 SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens, max_queue=queue, policy=policy),
@@ -369,7 +370,8 @@ def test_an_abort_frees_everything_within_the_step(house: House) -> None:
     gate = Gate()
     engine = house.build(before_step=gate.before_step)
     sinks = [Collector(), Collector()]
-    ids = [engine.submit([1, 2, 3, 4, 5], replace(GREEDY, max_tokens=50), sink) for sink in sinks]
+    prompts = ([1, 2, 3, 4, 5], [6, 7, 8, 9, 10])  # they share nothing
+    ids = [engine.submit(p, replace(GREEDY, max_tokens=50), sink) for p, sink in zip(prompts, sinks, strict=True)]
     gate.wait_for_step()
     gate.let_through()
     gate.wait_for_step()  # the second step runs, and the blocks of both are being written
@@ -679,7 +681,7 @@ def test_refusals(house: House) -> None:
 
 
 def test_reports_keep_a_ledger_true(house: House) -> None:
-    ledger = LeaseLedger(25, BLOCK, block_bytes=1024)
+    ledger = LeaseLedger([GroupShape(25, 1024)], BLOCK)
     [extent] = ledger.lease("engine", 0, 20)
     reports: list[StepReport] = []
 

@@ -12,7 +12,8 @@ from raytier.engine.sequence import FinishReason, Sequence, Status
 from raytier.engine.step import SequenceSpec, StepBatch, StepResult
 from raytier.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from raytier.kv.block_pool import BlockPool
-from raytier.kv.ledger import LeaseLedger
+from raytier.kv.cache import KVCache
+from raytier.kv.ledger import GroupShape, LeaseLedger
 from tests.engine.fakes import PagedExecutor, next_token
 
 VOCAB = 50
@@ -30,7 +31,8 @@ def make(
 ) -> tuple[Scheduler, BlockPool, PagedExecutor]:
     pool = BlockPool(BLOCK)
     pool.add_extent(1, blocks)
-    scheduler = Scheduler("m", pool, SchedulerLimits(seqs, tokens, mixed or tokens, queue, context))
+    kv = KVCache([pool])
+    scheduler = Scheduler("m", kv, SchedulerLimits(seqs, tokens, mixed or tokens, queue, context))
     return scheduler, pool, PagedExecutor(blocks + 1, BLOCK, VOCAB)
 
 
@@ -142,7 +144,7 @@ def test_the_latest_is_preempted_and_resumes_before_those_that_wait() -> None:
     while (batch := scheduler.schedule()) is not None:
         started += [c.seq_id for c in batch.chunks if c.start == 0]
         if sequences[1].preemptions and sequences[1].status is Status.WAITING:
-            assert sequences[1].block_table == []
+            assert sequences[1].kv.tables == []
             assert sequences[1].num_computed == 0
             assert sequences[2].status is Status.WAITING
         scheduler.apply(executor.step(batch))
@@ -196,6 +198,50 @@ def test_samples_are_queued_all_or_none() -> None:
         scheduler.add(*(sequence(i, 3) for i in (2, 3, 4, 5)))
     scheduler.add(sequence(2, 3), sequence(3, 3))
     assert scheduler.num_waiting == 3
+
+
+def test_one_sample_computes_the_prompt_and_the_others_wait_for_it() -> None:
+    scheduler, pool, executor = make(tokens=8, blocks=60)
+    prompt = [(3 * position) % VOCAB for position in range(18)]
+    samples = [Sequence(i, list(prompt), 18, 22, SequenceSpec(1.0, seed=5, sample=i)) for i in (1, 2, 3)]
+    scheduler.add(*samples)
+    scheduler.add(sequence(4, 3, 2))
+    shapes = []
+    while (batch := scheduler.schedule()) is not None:
+        shapes.append(shape(batch))
+        scheduler.apply(executor.step(batch))
+        scheduler.check_integrity()
+    assert shapes[:4] == [
+        [(1, 0, 8)],
+        [(1, 8, 8)],
+        [(1, 16, 2), (4, 0, 3)],
+        [(1, 18, 1), (4, 3, 1), (2, 17, 1), (3, 17, 1)],
+    ]
+    assert [len(batch.copies) for batch in executor.batches[:5]] == [0, 0, 0, 2, 0]
+    assert [s.num_cached for s in samples] == [0, 17, 17]
+    for each in samples:
+        reference = list(prompt)
+        for position in range(4):
+            reference.append(next_token(reference, each.spec.draw(position), VOCAB))
+        assert each.tokens == reference
+    assert pool.num_used == 0
+
+
+def test_the_next_sample_computes_the_prompt_when_the_first_has_gone() -> None:
+    scheduler, pool, executor = make(tokens=8, blocks=60)
+    samples = [Sequence(i, [5] * 18, 18, 20, SequenceSpec(seed=5, sample=i)) for i in (1, 2, 3)]
+    scheduler.add(*samples)
+    batch = scheduler.schedule()
+    assert shape(batch) == [(1, 0, 8)]
+    scheduler.finish(samples[0], FinishReason.ABORT)
+    assert batch is not None
+    scheduler.apply(executor.step(batch))
+    batch = scheduler.schedule()
+    assert shape(batch)[0][0] == 2
+    assert batch is not None
+    scheduler.apply(executor.step(batch))
+    run(scheduler, executor)
+    assert all(s.finished for s in samples) and pool.num_used == 0
 
 
 def test_logprobs_of_prompts_are_bounded_per_step() -> None:
@@ -339,7 +385,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler, self.pool, self.executor = make(blocks=12, seqs=3, tokens=6, mixed=4, queue=4, context=48)
-        self.ledger = LeaseLedger(13, BLOCK, 1)
+        self.ledger = LeaseLedger([GroupShape(13, 1)], BLOCK)
         self.ledger.lease("e", 0, 12)
         self.reports = 0
         self.sequences: list[Sequence] = []
@@ -351,18 +397,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         new=st.integers(1, 18),
         priority=st.integers(-1, 1),
         logprobs=st.sampled_from([None, None, 0]),
+        kind=st.integers(0, 2),
+        samples=st.sampled_from([1, 1, 2, 4]),
     )
-    def add(self, prompt: int, new: int, priority: int, logprobs: int | None) -> None:
-        self.ids += 1
-        arrival = sequence(self.ids, prompt, new - (logprobs == 0), priority=priority, logprobs=logprobs)
+    def add(self, prompt: int, new: int, priority: int, logprobs: int | None, kind: int, samples: int) -> None:
+        """Prompts are prefixes of one of three texts, so that blocks are found."""
+        tokens = [(kind * 7 + position) % VOCAB for position in range(prompt)]
+        arrivals = []
+        for sample in range(samples):
+            self.ids += 1
+            spec = SequenceSpec(1.0, seed=self.ids, sample=sample, prompt_logprobs=None if sample else logprobs)
+            longest = prompt + new - (logprobs == 0)
+            arrivals.append(Sequence(self.ids, list(tokens), prompt, longest, spec, frozenset(), priority))
         try:
-            self.scheduler.add(arrival)
+            self.scheduler.add(*arrivals)
         except QueueFullError:
-            assert self.scheduler.num_waiting >= 4
+            assert self.scheduler.num_waiting + samples > 4
         except InvalidRequestError:
             assert prompt + new - 1 > 48
         else:
-            self.sequences.append(arrival)
+            self.sequences += arrivals
 
     @precondition(lambda self: self.batch is None)
     @rule()
@@ -386,6 +440,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert {s.seq_id for s, token in drawn if token is not None} <= alive
         for each, token in drawn:
             assert token is not None or each.max_tokens == each.prompt_len
+            if token is not None:
+                draw = each.spec.draw(each.num_output - 1)
+                assert token == next_token(each.tokens[:-1], draw, VOCAB), "it was drawn from another history"
             assert each.spec.prompt_logprobs is None or each.logprobs_known == max(1, each.prompt_len)
         self.batch = None
 
@@ -394,7 +451,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         victim = data.draw(st.sampled_from([s for s in self.sequences if not s.finished]))
         in_flight = self.batch is not None and victim.seq_id in {c.seq_id for c in self.batch.chunks}
-        used, held = self.pool.num_used, len(victim.block_table)
+        used = self.pool.num_used
+        held = sum(self.pool.references(block) == 1 for table in victim.kv.tables for block in table)
         assert self.scheduler.finish(victim, FinishReason.ABORT)
         assert not self.scheduler.finish(victim, FinishReason.ABORT)
         assert self.pool.num_used == used - (0 if in_flight else held)
@@ -403,7 +461,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def report(self) -> None:
         self.reports += 1
         assert self.ledger.report("e", 0, self.reports, self.scheduler.take_delta())
-        held = {s.seq_id: tuple(sorted(s.block_table)) for s in self.sequences if s.block_table}
+        held = {s.seq_id: tuple(sorted(s.kv.tables[0])) for s in self.sequences if s.kv.tables}
         assert self.ledger.holdings("e") == held
 
     @invariant()
@@ -418,7 +476,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.apply()
         run(self.scheduler, self.executor)
         assert self.pool.num_used == 0
-        assert all(s.finished and not s.block_table for s in self.sequences)
+        assert all(s.finished and not s.kv.tables for s in self.sequences)
         self.report()
         assert self.ledger.stats().used_blocks == 0
 

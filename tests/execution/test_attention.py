@@ -52,7 +52,7 @@ def oracle(
 def test_mixed_batch_in_chunks(window: int | None, softcap: float | None, sinks: bool, value_dim: int) -> None:
     """Three sequences in scattered blocks, fed in uneven chunks, decodes beside prefills."""
     torch.manual_seed(0)
-    store = KVStore([KVLayerSpec(KV_HEADS, DIM, value_dim)], 24, 4, torch.float32, torch.device("cpu"))
+    store = KVStore([KVLayerSpec(KV_HEADS, DIM, value_dim, window)], 24, 4, torch.float32, torch.device("cpu"))
     lengths = [21, 6, 13]
     tables = [(5, 6, 7, 2, 23, 9), (1, 20), (11, 12, 13, 4)]
     queries = [torch.randn(HEADS, n, DIM) for n in lengths]
@@ -67,7 +67,7 @@ def test_mixed_batch_in_chunks(window: int | None, softcap: float | None, sinks:
         packed = [torch.cat([source[i][:, part] for i, part in cut], dim=1)[None] for source in (queries, keys, values)]
         with forward_context(ForwardContext.build(store, chunks, torch.device("cpu"))):
             out, weights = attention_forward(
-                Attention(), *packed, None, scaling=0.3, sliding_window=window, softcap=softcap, s_aux=sink_logits
+                Attention(), *packed, None, scaling=0.3, softcap=softcap, s_aux=sink_logits
             )
         assert weights is None
         position = 0
@@ -104,7 +104,7 @@ def attend(store: KVStore, chunks: list[SequenceChunk], **options: object) -> tu
     with forward_context(ForwardContext.build(store, chunks, torch.device("cpu"))):
         out, _ = attention_forward(Attention(), *packed, None, scaling=0.3, **options)  # type: ignore[arg-type]
     results = list(out[0].double().split([len(chunk.token_ids) for chunk in chunks]))
-    window, softcap, sinks = (options.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    window, softcap, sinks = store.windows[0] or None, options.get("softcap"), options.get("s_aux")
     return results, [oracle(q, k, v, window, softcap, sinks) for q, k, v in cases]  # type: ignore[arg-type]
 
 
@@ -117,7 +117,7 @@ def consecutive(first: int, count: int) -> tuple[int, ...]:
 def test_single_tokens_are_answered_together(window: int | None, kind: str) -> None:
     """Equal lengths equally spaced, a pair, a loner, a scattered one and a shared first block, in any order."""
     torch.manual_seed(0)
-    store = KVStore([KVLayerSpec(KV_HEADS, DIM, DIM)], 80, 4, torch.float32, torch.device("cpu"))
+    store = KVStore([KVLayerSpec(KV_HEADS, DIM, DIM, window)], 80, 4, torch.float32, torch.device("cpu"))
     chunks = [
         SequenceChunk(0, (0,), 11, consecutive(60, 3), False),
         SequenceChunk(1, (0,), 11, consecutive(20, 3), False),
@@ -129,7 +129,7 @@ def test_single_tokens_are_answered_together(window: int | None, kind: str) -> N
         SequenceChunk(7, (0,), 1, (16,), False),
         SequenceChunk(8, (0,), 0, (17,), False),
     ]
-    options: dict[str, object] = {"sliding_window": window}
+    options: dict[str, object] = {}
     if kind == "softcap":
         options["softcap"] = 1.5
     if kind == "sinks":
@@ -169,8 +169,9 @@ def test_chunks_behind_a_prefix(
         SequenceChunk(0, (0,) * count, start, (*consecutive(30, 15), *consecutive(2, 15)), False),
         SequenceChunk(1, (0,), 20, consecutive(50, 6), False),
     ]
-    for window in (None, 7, 50):
-        options: dict[str, object] = {"sliding_window": window}
+    for window in (0, 7, 50):
+        store.windows[0] = window
+        options: dict[str, object] = {}
         if kind == "softcap":
             options["softcap"] = 1.5
         if kind == "sinks":

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from raytier.errors import EngineDeadError, ResourceNotAvailableError
-from raytier.kv.ledger import Extent, LeaseLedger, LedgerDelta, SequenceDelta
+from raytier.kv.ledger import Extent, GroupShape, LeaseLedger, LedgerDelta, SequenceDelta
 
 
 def delta(seq_id: int, allocated: tuple[int, ...] = (), freed: tuple[int, ...] = ()) -> LedgerDelta:
@@ -16,7 +16,7 @@ def delta(seq_id: int, allocated: tuple[int, ...] = (), freed: tuple[int, ...] =
 
 
 def test_leases_are_extents_without_the_null_block() -> None:
-    ledger = LeaseLedger(101, 16, 2048)
+    ledger = LeaseLedger([GroupShape(101, 2048)], 16)
     assert ledger.lease("a", 0, 40) == (Extent(1, 40),)
     assert ledger.lease("a", 0, 10) == (Extent(41, 10),), "behind what it has"
     [other] = ledger.lease("b", 0, 20)
@@ -30,7 +30,7 @@ def test_leases_are_extents_without_the_null_block() -> None:
 
 
 def test_reports_are_applied_once() -> None:
-    ledger = LeaseLedger(11, 16, 100)
+    ledger = LeaseLedger([GroupShape(11, 100)], 16)
     ledger.lease("a", 3, 5)
     assert ledger.report("a", 3, 1, delta(7, (1, 2)))
     assert not ledger.report("a", 3, 1, delta(7, (1, 2)))
@@ -45,15 +45,15 @@ def test_reports_are_applied_once() -> None:
 
 
 def test_contradictions_are_refused_and_change_nothing() -> None:
-    ledger = LeaseLedger(21, 16, 100)
+    ledger = LeaseLedger([GroupShape(21, 100)], 16)
     ledger.lease("a", 0, 5)
     ledger.lease("b", 0, 5)
     ledger.report("a", 0, 1, delta(1, (1, 2)))
     for wrong, message in (
-        (delta(2, (2,)), "block 2, which is held by sequence 1"),
         (delta(2, (), (2,)), "does not hold"),
-        (delta(1, (), (1, 1)), "does not hold"),
-        (delta(1, (3, 3)), "held by sequence 1"),
+        (delta(1, (), (1, 1)), "names a block twice"),
+        (delta(1, (3, 3)), "names a block twice"),
+        (delta(1, (2,)), "which it holds already"),
         (delta(1, (13,)), "outside the lease"),
         (LedgerDelta((SequenceDelta(1, (3,)), SequenceDelta(2, (), (4,)))), "does not hold"),
     ):
@@ -66,8 +66,39 @@ def test_contradictions_are_refused_and_change_nothing() -> None:
     ledger.check_integrity()
 
 
+def test_a_shared_block_is_counted_once_and_held_until_all_have_dropped_it() -> None:
+    ledger = LeaseLedger([GroupShape(21, 100), GroupShape(11, 7)], 16)
+    ledger.lease("a", 0, 10)
+    ledger.lease("a", 0, 5, group=1)
+    both = (SequenceDelta(1, (1, 2)), SequenceDelta(2, (2, 3)), SequenceDelta(1, (4,), (), 1))
+    ledger.report("a", 0, 1, LedgerDelta(both, 4, queries=60, hits=20, copies=1, cached=(3, 2), evictions=5))
+    stats = ledger.stats()
+    assert (stats.total_blocks, stats.leased_blocks, stats.used_blocks, stats.active_sequences) == (30, 15, 4, 2)
+    assert (stats.used_bytes, stats.cached_blocks, stats.cached_bytes) == (307, 5, 314)
+    assert (stats.queries, stats.hits, stats.copies, stats.evictions) == (60, 20, 1, 5)
+    assert stats.hit_rate == 20 / 60 and stats.engines["a"].group_blocks == (3, 1)
+    assert ledger.holdings("a", 1) == {1: (4,)}
+    ledger.report("a", 0, 2, LedgerDelta((SequenceDelta(1, (), (1, 2)), SequenceDelta(1, (), (4,), 1))))
+    assert ledger.stats().used_blocks == 2 and ledger.stats().cached_blocks == 5
+    ledger.check_integrity()
+    assert ledger.release("a") == 15
+
+
+def test_caps() -> None:
+    ledger = LeaseLedger([GroupShape(101, 100)], 16)
+    ledger.set_cap("a", 30)
+    ledger.lease("a", 0, 20)
+    with pytest.raises(ResourceNotAvailableError, match="wants 11 KV blocks beside its 20: it may have 30"):
+        ledger.lease("a", 0, 11)
+    ledger.lease("b", 0, 60)
+    assert ledger.stats().engines["a"].max_blocks == 30
+    ledger.set_cap("a", None)
+    ledger.lease("a", 0, 20)
+    assert ledger.stats().failures == 1
+
+
 def test_only_the_running_epoch_counts() -> None:
-    ledger = LeaseLedger(11, 16, 100)
+    ledger = LeaseLedger([GroupShape(11, 100)], 16)
     ledger.lease("a", 1, 10)
     ledger.report("a", 1, 5, delta(1, (1, 2)))
     assert ledger.lease("a", 2, 10) == (Extent(1, 10),), "the old life's blocks came back"
@@ -87,9 +118,9 @@ def test_only_the_running_epoch_counts() -> None:
 
 def test_misuse() -> None:
     with pytest.raises(ValueError, match="num_blocks"):
-        LeaseLedger(1, 16, 1)
+        LeaseLedger([GroupShape(1, 1)], 16)
     with pytest.raises(ValueError, match="at least 1 block"):
-        LeaseLedger(10, 16, 1).lease("a", 0, 0)
+        LeaseLedger([GroupShape(10, 1)], 16).lease("a", 0, 0)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -99,7 +130,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = LeaseLedger(41, 4, 10)
+        self.ledger = LeaseLedger([GroupShape(41, 10)], 4)
         self.epochs: dict[str, int] = {}
         self.leases: dict[str, set[int]] = {}
         self.held: dict[str, dict[int, set[int]]] = {}
@@ -133,14 +164,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def report(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.leases)))
         held = self.held[name]
-        free = self.leases[name] - {b for blocks in held.values() for b in blocks}
         changes = []
         for seq_id in data.draw(st.sets(st.integers(0, 4), max_size=3)):
             has = held.get(seq_id, set())
             lost = data.draw(st.sets(st.sampled_from(sorted(has)))) if has else set()
-            gained = data.draw(st.sets(st.sampled_from(sorted(free)), max_size=4)) if free else set()
-            free -= gained
-            free |= lost - gained
+            others = self.leases[name] - has  # of other sequences as well
+            gained = data.draw(st.sets(st.sampled_from(sorted(others)), max_size=4)) if others else set()
             held[seq_id] = (has - lost) | gained
             if not held[seq_id]:
                 del held[seq_id]
@@ -171,7 +200,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         stats = self.ledger.stats()
         assert stats.leased_blocks == sum(map(len, self.leases.values()))
-        assert stats.used_blocks == sum(len(b) for held in self.held.values() for b in held.values())
+        assert stats.used_blocks == sum(len(set().union(*h.values())) for h in self.held.values())
         assert stats.used_blocks + stats.free_blocks == 40
         for name, held in self.held.items():
             assert self.ledger.holdings(name) == {s: tuple(sorted(blocks)) for s, blocks in held.items()}

@@ -23,6 +23,7 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, ResourceNotAvailableError, TierError
 from raytier.execution.parameters import ParameterStatus
 from raytier.kv.block_pool import BlockPool
+from raytier.kv.cache import KVCache
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier
@@ -33,6 +34,7 @@ from raytier.tiers.transfers import TransferQueue
 from tests.planner.models import CPU_NODE, RATES, configuration, llama
 
 MODEL = "org/echo"
+BLOCK = 4
 END = "<|end|>"
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user has to speak first') }}{% endif %}"
@@ -65,7 +67,9 @@ def make_tokenizer(template: str = TEMPLATE) -> Tokenizer:
 
 
 class Echo:
-    """Executor whose model repeats the prompt and then ends. It thinks -0.5 of what it says, and -1.5 of token 5.
+    """Executor whose model repeats the prompt, as it lies in the blocks, and then ends.
+
+    It thinks -0.5 of what it says, and -1.5 of token 5.
 
     Attributes:
         gate: steps wait here while it is cleared.
@@ -74,7 +78,7 @@ class Echo:
 
     def __init__(self, end: int) -> None:
         self._end = end
-        self._tokens: dict[int, list[int]] = {}
+        self._slots: dict[int, int] = {}  # block * BLOCK + offset -> token
         self._arrived: dict[int, Arrival] = {}
         self.gate = threading.Event()
         self.gate.set()
@@ -88,9 +92,15 @@ class Echo:
         drawn: dict[int, int] = {}
         result = StepResult(batch.step, drawn)
         self._arrived |= {arrival.seq_id: arrival for arrival in batch.arrivals}
+        old = dict(self._slots)
+        for copy in batch.copies:
+            for offset in range(BLOCK):
+                if (token := old.get(copy.source * BLOCK + offset)) is not None:
+                    self._slots[copy.target * BLOCK + offset] = token
         for chunk in batch.chunks:
-            known = self._tokens.setdefault(chunk.seq_id, [])
-            known[chunk.start :] = chunk.token_ids
+            slots = [block * BLOCK + offset for block in chunk.block_table for offset in range(BLOCK)]
+            self._slots |= zip(slots[chunk.start : chunk.stop], chunk.token_ids, strict=True)
+            known = [self._slots[slot] for slot in slots[: chunk.stop]]
             arrival = self._arrived[chunk.seq_id]
             length = arrival.prompt_len
             seen = range(max(chunk.start, arrival.logprobs_known - 1), min(chunk.stop, length - 1))
@@ -157,12 +167,12 @@ class EchoModel:
         self.move_gate.set()
         self.move_error: Exception | None = None
         self.executor = Echo(node.tokenizer.spec.eos_token_ids[0])
-        self.pool = BlockPool(4)
+        self.pool = BlockPool(BLOCK)
         self.pool.add_extent(1, node.blocks)
         defaults = GenerationDefaults(temperature=0.0, stop_token_ids=node.tokenizer.spec.eos_token_ids)
         tokens = int(node.scheduler.max_num_batched_tokens)
         config = EngineConfig(node.scheduler, tokens, tokens, node.max_context, node.tokenizer.vocab_size)
-        self.engine = Engine(MODEL, self.executor, node.tokenizer, self.pool, defaults, config)
+        self.engine = Engine(MODEL, self.executor, node.tokenizer, KVCache([self.pool]), defaults, config)
 
     def _move(self, order: Move) -> MoveResult:
         assert self.move_gate.wait(30), "the test left the gate closed"

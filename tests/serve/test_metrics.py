@@ -10,7 +10,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from raytier.serve.metrics import Histogram
-from tests.serve.echo import MODEL, Served
+from tests.serve.echo import BLOCK, MODEL, Served
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -57,6 +57,57 @@ async def test_requests_are_counted(http: httpx.AsyncClient, served: Served) -> 
     assert of(after, "kv_cache_blocks", tier="device") == served.pool.num_blocks
     assert of(after, "weight_bytes_streamed_total", tier="nvme") == 0
     assert of(after, "model_state", state="loaded") == of(after, "engine_up") == 1
+
+
+async def test_what_is_found_in_the_prefix_cache_is_counted(http: httpx.AsyncClient, served: Served) -> None:
+    prompt = "one two three four five six!"
+    length = len(served.only.tokenizer.encode(prompt))
+    assert (length - 1) % BLOCK, "samples share a block that is not full, too"
+    found = (length - 1) // BLOCK * BLOCK
+    for expected in (0, found):
+        answer = (await http.post("/v1/completions", json={"prompt": prompt, "n": 2})).json()
+        usage = answer["usage"]
+        assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (length, {"cached_tokens": expected})
+        assert answer["choices"][1]["text"] == prompt
+    await served.idle()
+    samples = await scrape(http)
+    assert of(samples, "prefix_cache_queries_total") == 2 * length
+    assert of(samples, "prefix_cache_hits_total") == found
+    assert of(samples, "prompt_tokens_cached_by_source_total", source="device") == found
+    assert of(samples, "kv_block_copies_total") == 2
+    assert of(samples, "kv_cache_cached_perc", tier="device") == served.pool.num_cached / served.pool.num_blocks > 0
+    assert of(samples, "kv_cache_evictions_total", tier="device") == 0
+    assert of(samples, "kv_allocation_failures_total") == 0
+
+    kv = (await http.get("/api/kv")).json()
+    [device], [group] = kv["tiers"], kv["groups"]
+    assert (device["tier"], device["used_blocks"]) == ("device", 0)
+    assert device["cached_blocks"] == group["cached_blocks"] == served.pool.num_cached
+    assert device["total_bytes"] == device["total_blocks"] * group["block_bytes"] > device["cached_bytes"] > 0
+    assert (kv["pressure"], kv["free_fraction"], kv["forks"], kv["copies"]) == ("low", 1, 2, 2)
+    assert kv["prefix_cache"] == {
+        "queries": 2 * length,
+        "hits": found,
+        "hit_rate": found / (2 * length),
+        "hits_by_tier": {"device": found},
+    }
+    assert (kv["sequences"], kv["ledger"], kv["active_sequences"]) == ([], None, 0)
+
+
+async def test_sequences_that_run_show_their_blocks(http: httpx.AsyncClient, served: Served) -> None:
+    prompt = "one two three four five six"
+    length = len(served.only.tokenizer.encode(prompt))
+    served.executor.before_step[3] = served.executor.gate.clear
+    asked = asyncio.ensure_future(http.post("/v1/completions", json={"prompt": prompt, "n": 3}))
+    await served.eventually(lambda: served.executor.steps == 3)
+    kv = (await http.get("/api/kv")).json()
+    served.executor.gate.set()
+    assert (await asked).status_code == 200
+    shared = (length - 1) // BLOCK
+    assert [sequence["index"] for sequence in kv["sequences"]] == [0, 1, 2]
+    assert all(sequence["shared_blocks"] == shared for sequence in kv["sequences"])
+    used = kv["tiers"][0]["used_blocks"]
+    assert used == shared + sum(s["num_blocks"] - s["shared_blocks"] for s in kv["sequences"])
 
 
 async def test_without_a_model_requests_stay_counted(http: httpx.AsyncClient, served: Served) -> None:

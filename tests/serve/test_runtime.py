@@ -67,6 +67,7 @@ async def test_overview(http: httpx.AsyncClient) -> None:
         "POST /api/layers/transfer",
         "GET /api/layers/transfer/{transfer_id}",
         "GET /api/plan",
+        "GET /api/kv",
     }
     assert all(answer["routes"].values())
 
@@ -182,7 +183,7 @@ async def test_generation_without_a_model(idle: Served, idle_http: httpx.AsyncCl
         error = error_of(await idle_http.post(path, json=body), 409)
         assert "POST /api/models/load" in error["message"]
         assert error["type"] == "conflict_error"
-    for path in ("/api/layers", "/api/layers/0", "/api/plan"):
+    for path in ("/api/layers", "/api/layers/0", "/api/plan", "/api/kv"):
         assert "not loaded" in error_of(await idle_http.get(path), 409)["message"]
     body = {"layer_id": 1, "destination_device": "host"}
     error_of(await idle_http.post("/api/layers/transfer", json=body), 409)
