@@ -54,7 +54,7 @@ def _schemes(manifest: ModelManifest, config: AppConfig, tier: Tier, coded: bool
 def _codec(config: AppConfig, tier: Tier) -> Codec:
     """The codec of a tier's files; what is `auto` has been decided before (`compressions`)."""
     name = config.compression.of(tier.value)
-    return NONE if name in ("none", "coded-exponents", "auto") else Codec(name, config.compression.level)
+    return Codec(name, config.compression.level) if name == "zstd" or name == "zstd-planes" else NONE
 
 
 def _wants_coded(parameter: Parameter, config: AppConfig, tier: Tier) -> bool:

@@ -38,7 +38,7 @@ def fill(tmp_path: Path) -> None:
 
 def run(tmp_path: Path, *words: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["store", *words, "--dir", str(tmp_path / "disk")], env={"COLUMNS": "400"})
-    return result.exit_code, result.output
+    return result.exit_code, result.output.strip()
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -48,9 +48,9 @@ def files(tmp_path: Path) -> list[Path]:
 def test_what_is_sound_is_listed_and_kept(model: Path, tmp_path: Path) -> None:
     code, output = run(tmp_path, "list")
     assert code == 0 and str(model.parent) in output and "source+zstd-1" in output and "as it was" in output
-    assert run(tmp_path, "verify") == (0, "everything is as it was written\n")
+    assert run(tmp_path, "verify") == (0, "everything is as it was written")
     before = files(tmp_path)
-    assert run(tmp_path, "prune") == (0, "removed 0 files, 0.0 MB\n")
+    assert run(tmp_path, "prune") == (0, "removed 0 files, 0.0 MB")
     assert files(tmp_path) == before
 
 
@@ -85,7 +85,7 @@ def test_what_nobody_can_use_is_pruned(change: str, model: Path, tmp_path: Path)
         assert "removed 1 files" in output and len(files(tmp_path)) == 4
     else:
         assert "removed 4 files" in output and not files(tmp_path)
-        assert run(tmp_path, "list") == (0, "nothing is stored\n")
+        assert run(tmp_path, "list") == (0, "nothing is stored")
 
 
 def test_a_damaged_manifest_is_named(model: Path, tmp_path: Path) -> None:

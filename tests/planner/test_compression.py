@@ -23,7 +23,9 @@ def planned(rates: Rates, instructions: tuple[str, ...] = (), **sections: Any) -
     """Everything of the layers streamed from disk."""
     sections = {"placement": {"rules": [{"pattern": "layers", "tier": "nvme"}]}} | sections
     node = replace(NODE, instruction_sets=instructions)
-    return plan_weights(MODEL, node, rates, configuration(cache_dir="/cache", host_mb=1024, **sections), kind="cpu")
+    return plan_weights(
+        MODEL, node, rates, configuration(cache_dir="/cache", device_mb=512, host_mb=1024, **sections), kind="cpu"
+    )
 
 
 def codecs(plan: WeightPlan) -> set[str]:
