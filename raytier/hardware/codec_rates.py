@@ -7,15 +7,18 @@ import time
 
 import numpy as np
 
-from raytier.codecs.codec import FRAME_BYTES, Codec, Decoder, Encoder
+from raytier.codecs.codec import FRAME_BYTES, Codec, Decoder, Encoder, checksum
 from raytier.codecs.planes import ELEMENTS
 
-#: Frames that are decoded in turn, so that they come from memory.
+#: Different frames, and copies of each: as in streaming, what is decoded comes from memory and goes there,
+#: not from and to the caches of the CPU.
 _FRAMES = 8
+_COPIES = 8
 
 
 def measure_decoding(threads: int, seconds: float = 0.2) -> float:
-    """Bytes per second into which `threads` threads together decode bf16 weights in byte planes, nothing else running.
+    """Bytes per second into which `threads` threads together check and decode bf16 weights in byte planes, nothing else
+    running.
 
     Weights are drawn from a normal distribution, which trained ones compress like (0.66 to 0.68 of their size).
     """
@@ -27,17 +30,19 @@ def measure_decoding(threads: int, seconds: float = 0.2) -> float:
         weights = draw.standard_normal(FRAME_BYTES // 2, np.float32) * np.float32(0.02)
         whole = (weights.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
         frames.append(np.frombuffer(encoder.encode(whole), np.uint8))
+    frames = [frame.copy() for _ in range(_COPIES) for frame in frames]
+    target = np.ones((len(frames), FRAME_BYTES), np.uint8)  # touched: that is not what is measured
     begin = threading.Barrier(threads + 1)
     deadline = [0.0]
     ends: list[tuple[float, int]] = []
 
     def run(first: int) -> None:
-        decoder, into, count = Decoder(), np.empty((_FRAMES, FRAME_BYTES), np.uint8), 0
-        into[:] = 1  # the first touch is not what is measured
+        decoder, count = Decoder(), 0
         begin.wait()
         while time.perf_counter() < deadline[0]:
-            number = (first + count) % _FRAMES
-            decoder.decode(codec, element, frames[number], into[number])
+            number = (first + count * threads) % len(frames)
+            checksum(frames[number].data)
+            decoder.decode(codec, element, frames[number], target[number])
             count += 1
         ends.append((time.perf_counter(), count))
 

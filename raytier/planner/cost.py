@@ -216,9 +216,12 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     disk = [u.disk_bytes / rates.disk_read_bytes_per_s for u in sweep.units]
     ramdisk = [u.ramdisk_bytes / _ramdisk_rate(rates) for u in sweep.units]
     # Files share the reading threads; the bus works on another unit at the same time: the slower one sets the pace.
-    # Threads that wait for the disk let others decode; with all cores at it, what is read arrives no faster than that.
+    # A thread decodes what it has read before it reads on, so the longer of both does not hide all of the shorter one:
+    # half of it, as a step of a small model took that was both.
     decode = [u.decoded_bytes / rates.decode_bytes_per_s if rates.decode_bytes_per_s else 0.0 for u in sweep.units]
-    io = [max(d + r, c, u.bus_bytes / bus_rate) for u, d, r, c in zip(sweep.units, disk, ramdisk, decode, strict=True)]
+    read = [d + r for d, r in zip(disk, ramdisk, strict=True)]
+    arrive = [max(r, d) + min(r, d) / 2 for r, d in zip(read, decode, strict=True)]
+    io = [max(a, u.bus_bytes / bus_rate) for u, a in zip(sweep.units, arrive, strict=True)]
     matrix = [_matrix_seconds(u, rates, load) for u in sweep.units]
     attention = [_attention_seconds(u, rates, load) + _prompt_seconds(u, sweep, rates, load) for u in sweep.units]
     calls = [_call_seconds(u, rates, load) for u in sweep.units]
