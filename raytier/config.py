@@ -150,21 +150,31 @@ class PrecisionSection(_Section):
     adaptive_rules: tuple[AdaptiveRule, ...] = ()
 
 
-Compression = Literal["none", "zstd", "zstd-planes", "auto"]
+MemoryCompression = Literal["none", "coded-exponents"]
+Compression = Literal["none", "coded-exponents", "zstd", "zstd-planes", "auto"]
 
 
 class CompressionSection(_Section):
-    """How the files of a tier are compressed (null: `default`), without loss. `level`: of zstd.
+    """How parameters are compressed on a tier (null: `default`), without loss. `level`: of zstd.
 
-    `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32. `auto`: that
-    one where the measured rates of the disk and of decoding say that it pays. `enabled: false` turns all of it off.
+    In files: `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32;
+    `auto`: that one where the measured rates of the disk and of decoding say that it pays. On device and host a default
+    of these means none. On every tier: `coded-exponents` makes bf16 matrices smaller that are computed on as they are,
+    on processors with AVX512 VBMI2; elsewhere it means none. `enabled: false` turns all of it off.
     """
 
     enabled: bool = True
     default: Compression = "none"
+    device: MemoryCompression | None = None
+    host: MemoryCompression | None = None
     ramdisk: Compression | None = None
     nvme: Compression | None = None
     level: int = Field(1, ge=1, le=19)
+
+    def of(self, tier: str) -> Compression:
+        """What is done on a tier."""
+        wish: Compression = (getattr(self, tier) or self.default) if self.enabled else "none"
+        return "none" if tier in ("device", "host") and wish != "coded-exponents" else wish
 
 
 class Placement(_Section):
@@ -397,10 +407,9 @@ class AppConfig(_Section):
 
     def converts(self, tier: Literal["ramdisk", "nvme"]) -> bool:
         """Whether files of a tier may hold parameters in another form than the checkpoint, or coded."""
-        precision, compression = self.precision, self.compression
+        precision = self.precision
         form = getattr(precision, tier) or precision.default
-        codec = getattr(compression, tier) or compression.default
-        return (precision.enabled and form != "source") or (compression.enabled and codec != "none")
+        return (precision.enabled and form != "source") or self.compression.of(tier) != "none"
 
 
 def parse_config(args: Mapping[str, Any]) -> AppConfig:

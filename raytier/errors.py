@@ -65,6 +65,10 @@ class TierError(RaytierError):
     openai_type = "server_error"
 
 
+class DamagedError(TierError):
+    """A file does not hold what was written to it, or what it held when it was first read; the message says where."""
+
+
 class InvalidRequestError(RaytierError):
     """A request carries a value that cannot be served.
 

@@ -13,6 +13,7 @@ from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.tokenizer import Tokenizer
+from raytier.execution import sources
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
@@ -119,7 +120,7 @@ def local_engine(
     if store is not None:
         schemes = plan.schemes.by_tier[Tier.NVME]
         on_disk = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.NVME and p.name in schemes]
-        with closing(TierStore([str(store / "store")], 1 << 24)) as files:
+        with closing(TierStore([str(store / "store")], 1 << 24, cache_dir=sources._cache_dir)) as files:
             copies = files.obtain(manifest.model_dir, manifest.files, on_disk, schemes)
     runner = ModelRunner.load(
         manifest,

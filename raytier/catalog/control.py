@@ -20,7 +20,7 @@ from raytier.catalog.room import LOOK_S, Room
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import Switching
 from raytier.engine.engine import Engine
-from raytier.errors import ConflictError, QueueFullError
+from raytier.errors import ConflictError, DamagedError, QueueFullError
 from raytier.model_entry import ModelEntry
 from raytier.sources.loader import FetchOptions, Loaders
 from raytier.sources.registry import Registry
@@ -335,16 +335,24 @@ class ModelControl:
         try:
             seconds = await self._in_thread(lambda: self._node.wait_loaded(model.model_id))
         except Exception as error:
-            if model.engine is not engine:  # it was unloaded meanwhile
-                return
-            self._let_go(model)
-            model.failed(error)
-            await self._on_node(lambda: self._node.unload_model(model.model_id, at_once()))
-            model.on_node = False
+            if model.engine is engine:  # it was not unloaded meanwhile
+                await self._end(model, error)
             return
         if model.engine is engine:
             model.state = "loaded"
             logger.info("all of %s was read after %.1f s", model.model_id, seconds)
+
+    async def end_damaged(self, model_id: str, engine: Engine, error: DamagedError) -> None:
+        """Give up the model of an engine that died because its files are damaged: it would find them so again."""
+        model = self.of(model_id)
+        if model.engine is engine:
+            await self._end(model, error)
+
+    async def _end(self, model: Model, error: BaseException) -> None:
+        self._let_go(model)
+        model.failed(error)
+        await self._on_node(lambda: self._node.unload_model(model.model_id, at_once()))
+        model.on_node = False
 
     async def _cancel_load(self, model: Model) -> None:
         """End a load: at once where only files were fetched or room was waited for, else when it is through."""

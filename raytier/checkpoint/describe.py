@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -43,6 +43,7 @@ from raytier.checkpoint.manifest import (
 )
 from raytier.checkpoint.probe import probe
 from raytier.checkpoint.safetensors_index import CheckpointIndex, has_weights, read_index
+from raytier.checkpoint.sample import sample_ratios
 from raytier.checkpoint.stored import some, stored_by_name
 from raytier.checkpoint.tokenizer import describe_tokenizer
 from raytier.checkpoint.torch_index import read_torch_index
@@ -55,9 +56,10 @@ _COMPARE_BYTES = 8 * 2**20
 def describe_model(
     model_dir: str, model_format: str = "safetensors", tokenizer_path: str | None = None
 ) -> ModelDescription:
-    """Everything needed to plan for and to talk to the model in `model_dir`. Reads headers, not weights.
+    """Everything needed to plan for and to talk to the model in `model_dir`. Reads headers and a sample
+    of weights.
 
-    (One exception: where the config ties two parameters and the checkpoint stores both, they are compared.)
+    Where the config ties two parameters and the checkpoint stores both, they are compared.
 
     Args:
         model_format: safetensors, or transformers_pt: PyTorch's .bin files where there are no safetensors.
@@ -75,7 +77,7 @@ def describe_model(
     manifest = _manifest(root, config, wishes.max_context, index)
     class_eos = getattr(text_config(config), "eos_token_id", None)
     return ModelDescription(
-        manifest=manifest,
+        manifest=replace(manifest, ratios=sample_ratios(manifest.parameters, manifest.files)),
         tokenizer=describe_tokenizer(root if tokenizer_path is None else tokenizer_path, class_eos),
         defaults=read_generation_defaults(root, class_eos),
         max_num_seqs=wishes.max_num_seqs,

@@ -95,6 +95,7 @@ def _rates_table(rates: Rates) -> Table:
     row("disk write", rates.disk_write_bytes_per_s)
     row("ramdisk read", rates.ramdisk_read_bytes_per_s)
     row("memory copy", rates.memory_copy_bytes_per_s)
+    row("decoding (zstd-planes)", rates.decode_bytes_per_s)
     row("host to GPU", rates.host_to_device_bytes_per_s)
     row("GPU to host", rates.device_to_host_bytes_per_s)
     packed = dict(rates.packed_matrix_bytes_per_s or ())

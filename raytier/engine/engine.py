@@ -99,6 +99,7 @@ class Engine:
         self._mailboxes = Mailboxes()
         self._ids = itertools.count(1)
         self._dead: str | None = None
+        self.failure: BaseException | None = None  # what a step raised
         self._error: str | None = None
         self._closing = False
         self._statistics = Statistics()
@@ -107,7 +108,6 @@ class Engine:
         self._thread.start()
 
     # ---- callers' side: any thread -------------------------------------------------------------
-
     def observe(self, on_step: Callable[[StepReport], None]) -> None:
         """Have `on_step` called on the engine's thread after every step from now on; it must not block."""
         with self._changed:
@@ -302,6 +302,7 @@ class Engine:
                 self._end_all(FinishReason.ERROR, self._error)
         except BaseException as error:
             logger.exception("engine of %s died", self.model_id)
+            self.failure = error
             self._end_all(FinishReason.ERROR, _reason(error))
 
     def _next_batch(self) -> StepBatch | None:

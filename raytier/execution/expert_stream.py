@@ -17,8 +17,9 @@ from raytier.execution.binding import Bindings, members
 from raytier.execution.bus import Bus
 from raytier.execution.formed import Weight, plain
 from raytier.execution.layout import StreamUnit, assemble, build_unit, whole
-from raytier.execution.reader import ReaderPool, ReadTicket, Urgency
+from raytier.execution.reader import ReaderPool, Urgency
 from raytier.execution.stream import StreamStats
+from raytier.execution.ticket import ReadTicket
 from raytier.planner.plan import FILE_TIERS, Tier
 from raytier.tiers.aligned import AlignedBuffer
 

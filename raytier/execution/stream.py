@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from raytier.errors import ResourceNotAvailableError
 from raytier.execution.layout import StreamUnit, assemble
-from raytier.execution.reader import ReaderPool, ReadTicket
+from raytier.execution.reader import ReaderPool
 from raytier.execution.ring import RingAllocator
+from raytier.execution.ticket import ReadTicket
 from raytier.tiers.aligned import AlignedBuffer
 
 

@@ -14,7 +14,7 @@ from raytier.execution.layout import StreamUnit, row_bytes, sweep_units
 from raytier.execution.reader import ReaderPool
 from raytier.execution.stream import StreamStats, WeightStream
 from raytier.planner.plan import DevicePlan, Tier
-from raytier.planner.sizing import HEAD_CHUNK_ALONE
+from raytier.planner.sizing import HEAD_CHUNK_ALONE, chunk_rows, rows_together
 from raytier.tiers.aligned import AlignedBuffer
 
 #: Units of a ring that no plan has sized: one computes, two arrive.
@@ -36,7 +36,8 @@ class SweepPlan:
     def of(cls, manifest: ModelManifest, tier_of: Mapping[str, Tier], share: DevicePlan) -> SweepPlan:
         """For a placement; the ring is as `share` has it, or larger where a unit needs that."""
         head = manifest.by_name[manifest.head]
-        rows = share.head_chunk_rows or max(1, min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head))
+        wanted = min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head)
+        rows = share.head_chunk_rows or chunk_rows(wanted, rows_together(head))
         units = sweep_units(manifest, tier_of, rows)
         largest = max((unit.nbytes for unit in units), default=0)
         fits = share.ring_bytes >= min(2, len(units)) * largest

@@ -24,7 +24,7 @@ class Case:
     Attributes:
         step_tokens: tokens that a step carries at most (`DevicePlan.max_num_batched_tokens`).
         mixed_tokens: of a step with decodes among them (`DevicePlan.max_mixed_tokens`).
-        activation_bytes: what such a step takes beside weights, KV and ring.
+        activation_bytes: what such a step takes beside weights, KV and ring, and what the reading threads decode with.
         resident: parameters that only the device can hold -> why.
         schemes: what each tier makes of a parameter.
         sweeps: describes what a sweep does; of this model, kind of device and schemes.

@@ -291,15 +291,21 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     disk = [u.disk_bytes / rates.disk_read_bytes_per_s for u in sweep.units]
     ramdisk = [u.ramdisk_bytes / _ramdisk_rate(rates) for u in sweep.units]
     # Files share the reading threads; the bus works on another unit at the same time: the slower one sets the pace.
-    io = [max(d + r, u.bus_bytes / bus_rate) for u, d, r in zip(sweep.units, disk, ramdisk, strict=True)]
+    # A thread decodes what it has read before it reads on, so the longer of both does not hide all of the shorter one:
+    # half of it, as a step of a small model took that was both.
+    decode = [u.decoded_bytes / rates.decode_bytes_per_s if rates.decode_bytes_per_s else 0.0 for u in sweep.units]
+    read = [d + r for d, r in zip(disk, ramdisk, strict=True)]
+    arrive = [max(r, d) + min(r, d) / 2 for r, d in zip(read, decode, strict=True)]
+    io = [max(a, u.bus_bytes / bus_rate) for u, a in zip(sweep.units, arrive, strict=True)]
     matrix = [_matrix_seconds(u, rates, load) + _expert_seconds(u, rates, load) for u in sweep.units]
     # Nothing else goes on while chosen experts are waited for: their layer computes, and the disk is theirs.
     fetching = sum(_fetch_seconds(u, rates, load, bus_rate) for u in sweep.units)
     attention = [_attention_seconds(u, rates, load) + _prompt_seconds(u, sweep, rates, load) for u in sweep.units]
     calls = [_call_seconds(u, rates, load) for u in sweep.units]
-    # A GPU computes while the calls for the next operations are made.
+    # A GPU computes while the calls for the next operations are made; on a CPU decoding takes cores from computing.
     work = [
-        max(m + a, c) if sweep.kind == "cuda" else m + a + c for m, a, c in zip(matrix, attention, calls, strict=True)
+        max(m + a, c) if sweep.kind == "cuda" else m + a + c + d
+        for m, a, c, d in zip(matrix, attention, calls, decode, strict=True)
     ]
 
     row_rate = rates.disk_read_bytes_per_s if sweep.row_tier is Tier.NVME else _ramdisk_rate(rates)

@@ -8,7 +8,7 @@ from functools import partial
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
 from raytier.config import AppConfig, Placement
-from raytier.errors import BudgetError
+from raytier.errors import BudgetError, RaytierError, ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_warnings
@@ -17,8 +17,8 @@ from raytier.planner.case import Case
 from raytier.planner.cost import BATCHES, SweepModel, predict_first_token, predict_step
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
-from raytier.planner.schemes import tier_schemes
-from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, resident_nbytes
+from raytier.planner.schemes import compressions, tier_schemes
+from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, reader_bytes, resident_nbytes
 from raytier.planner.solver import CLEARLY_FASTER, Capacity, Depth, Solution, Solver, depths
 from raytier.planner.step_tokens import LEAST_TOKENS, step_tokens
 
@@ -28,6 +28,10 @@ KV_SHARE_OF_REST = 0.6
 FIRST_STEP_TOKENS = 512
 #: Of the device's budget, activations of a step that the planner chooses take at most this share.
 ACTIVATION_SHARE = 0.1
+#: Compression that is automatic has to make a step so much faster: it costs space, and predictions are not exact.
+COMPRESSION_PAYS = 0.95
+#: What processors that compute on weights with coded exponents have.
+_CODED = "avx512_vbmi2"
 #: A tier is left out only if it would not pay either with reads so much slower than measured.
 SLOWER_READS = 0.8
 
@@ -67,11 +71,42 @@ def plan_weights(
         ResourceNotAvailableError: the asked-for device does not exist.
     """
     kind = resolve_kind(inventory, config) if kind is None else kind
+    chosen: WeightPlan | None = None
+    refused: RaytierError | None = None
+    options = compressions(config)
+    for option in options if rates.decode_bytes_per_s else options[:1]:
+        try:
+            found = _plan(manifest, inventory, rates, option, kind, device_index, started, budgets)
+        except (BudgetError, ResourceNotAvailableError) as error:
+            refused = refused or error
+            continue
+        if chosen is None or found.predictions[0].seconds <= COMPRESSION_PAYS * chosen.predictions[0].seconds:
+            chosen = found
+    if chosen is None:
+        assert refused is not None
+        raise refused
+    if len(options) == 1:
+        return chosen
+    coded = {tier: chosen.schemes.codecs(tier) - {"none"} for tier in FILE_TIERS}
+    told = ", ".join(f"{tier.value} {'zstd-planes' if coded[tier] else 'none'}" for tier in FILE_TIERS)
+    return replace(chosen, notes=(*chosen.notes, f"compression that is auto: {told}, by the measured rates"))
+
+
+def _plan(
+    manifest: ModelManifest,
+    inventory: NodeInventory,
+    rates: Rates,
+    config: AppConfig,
+    kind: DeviceKind,
+    device_index: int,
+    started: Started,
+    budgets: Budgets | None,
+) -> WeightPlan:
     chosen = config.scheduler.max_num_batched_tokens
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
     if budgets is None:
         budgets = node_budgets(inventory, config, kind, device_index=device_index, started=started)
-    schemes = tier_schemes(manifest, config, kind)
+    schemes = tier_schemes(manifest, config, kind, coded=kind == "cpu" and _CODED in inventory.instruction_sets)
     packed = kind == "cpu" and rates.packed_pays
     case = Case(
         manifest=manifest,
@@ -83,11 +118,12 @@ def plan_weights(
         demand=kv_demand(manifest, config),
         step_tokens=first,
         mixed_tokens=first,
-        activation_bytes=activation_bytes(manifest, first, config.scheduler.max_num_seqs),
+        activation_bytes=0,
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
         schemes=schemes,
         sweeps=SweepModel(manifest, kind, packed, schemes),
     )
+    case = _with_tokens(case, first)
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
         fitted = _fit_tokens(case)
@@ -156,6 +192,7 @@ def _least_tokens(case: Case) -> int:
 
 def _with_tokens(case: Case, tokens: int) -> Case:
     nbytes = activation_bytes(case.manifest, tokens, case.config.scheduler.max_num_seqs)
+    nbytes += reader_bytes(case.manifest, case.schemes, case.config.tiers.nvme.io_threads)
     return replace(case, step_tokens=tokens, mixed_tokens=tokens, activation_bytes=nbytes)
 
 

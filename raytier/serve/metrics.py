@@ -160,6 +160,10 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     yield counter(
         "bytes_decoded", "Bytes into which compressed ones were decoded.", [((model_id,), total.bytes_decoded)]
     )
+    damaged = [((model_id, "ramdisk"), total.damaged_ramdisk)]
+    damaged.append(((model_id, "nvme"), total.damaged - total.damaged_ramdisk))
+    yield counter("reads_damaged", "Reads that did not bring what they should, by tier.", damaged, tier)
+    yield counter("files_mended", "Parameters whose damaged files were made again.", [(one, total.mended)])
     parts = [((model_id, "wait"), total.io_wait_s), ((model_id, "compute"), total.compute_s)]
     text = "Time of steps: waiting for bytes, and the rest."
     yield counter("step_part_seconds", text, parts, ("model_name", "part"))

@@ -24,7 +24,7 @@ from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import MIB, AppConfig
 from raytier.config import Upstream as UpstreamSection
 from raytier.engine.outputs import EngineStats, OutputDelta
-from raytier.errors import ConflictError, EngineDeadError
+from raytier.errors import ConflictError, DamagedError, EngineDeadError
 from raytier.planner.budgets import planned_paths
 from raytier.planner.plan import ResourcePlan
 from raytier.serve import handles
@@ -271,6 +271,9 @@ class LLMServer:
         Serve waits for three failures in a row, but not where an actor crashed; that is what is raised here, because
         nothing that has died comes back.
         """
+        for model_id, engine in self._control.engines.items():
+            if isinstance(engine.failure, DamagedError):
+                await self._control.end_damaged(model_id, engine, engine.failure)
         engines = list(self._control.engines.values())
         if not any(engine.dead for engine in engines):
             try:

@@ -9,7 +9,14 @@ import weakref
 import pytest
 
 from raytier.catalog.control import ModelControl
-from raytier.errors import BudgetError, CheckpointError, ConflictError, ModelNotFoundError, QueueFullError
+from raytier.errors import (
+    BudgetError,
+    CheckpointError,
+    ConflictError,
+    DamagedError,
+    ModelNotFoundError,
+    QueueFullError,
+)
 from raytier.serve.handles import generate
 from tests.serve.conftest import MakeServed
 from tests.serve.echo import MODEL, Served
@@ -132,7 +139,22 @@ async def test_what_cannot_be_read_ends_the_model(unloaded: Served) -> None:
     node.read_error = None
     await unloaded.load()
     assert node.loads == 2
-    assert control.running is not engine
+    assert control.running() is not engine
+
+
+async def test_a_model_whose_files_are_damaged_ends_alone(unloaded: Served) -> None:
+    """B5: it is not loaded again and again; when the file is restored, it may be."""
+    control = unloaded.control
+    control.load(None)
+    engine = await control.loaded(None)
+    await unloaded.eventually(lambda: control.state() == "loaded")
+    await control.end_damaged(MODEL, engine, DamagedError("/m/a.safetensors is damaged: bytes 1 to 2"))
+    assert (control.state(), control.running()) == ("error", None)
+    with pytest.raises(ConflictError, match="bytes 1 to 2"):
+        await control.loaded(None)
+    await control.end_damaged(MODEL, engine, DamagedError("of an engine that is gone"))
+    control.load(None)
+    await unloaded.eventually(lambda: control.state() == "loaded")
 
 
 async def test_draining_lets_requests_end(unloaded: Served) -> None:
