@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raytier.errors import ConfigurationError
+from raytier.model_entry import ModelEntry
 
 MIB = 2**20
 Auto = Literal["auto"]
@@ -22,36 +23,6 @@ Auto = Literal["auto"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelEntry(_Section):
-    """One model that the application may serve.
-
-    `tool_call_parser`, `reasoning_parser`: how the model writes calls of tools and its thoughts; auto = as its chat
-    template shows, none = answers are text.
-    """
-
-    model_id: str = Field(min_length=1, max_length=200)
-    source_type: Literal["local"] = "local"
-    source_path: str
-    model_format: Literal["safetensors"] = "safetensors"
-    tool_call_parser: Literal["auto", "none", "hermes", "llama3_json", "mistral", "qwen3"] = "auto"
-    reasoning_parser: Literal["auto", "none", "think", "mistral"] = "auto"
-
-    @field_validator("source_path")
-    @classmethod
-    def _absolute_or_builtin(cls, value: str) -> str:
-        if value == "builtin:demo" or Path(value).is_absolute():
-            return value
-        raise ValueError("must be an absolute path of a model directory, or builtin:demo")
-
-    def directory(self) -> str:
-        """Absolute path of the model directory."""
-        if self.source_path == "builtin:demo":
-            from raytier.demo import model_path
-
-            return str(model_path())
-        return os.path.realpath(self.source_path)
 
 
 class DeviceTier(_Section):
@@ -179,21 +150,31 @@ class PrecisionSection(_Section):
     adaptive_rules: tuple[AdaptiveRule, ...] = ()
 
 
-Compression = Literal["none", "zstd", "zstd-planes", "auto"]
+MemoryCompression = Literal["none", "coded-exponents"]
+Compression = Literal["none", "coded-exponents", "zstd", "zstd-planes", "auto"]
 
 
 class CompressionSection(_Section):
-    """How the files of a tier are compressed (null: `default`), without loss. `level`: of zstd.
+    """How parameters are compressed on a tier (null: `default`), without loss. `level`: of zstd.
 
-    `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32. `auto`: that
-    one where the measured rates of the disk and of decoding say that it pays. `enabled: false` turns all of it off.
+    In files: `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32;
+    `auto`: that one where the measured rates of the disk and of decoding say that it pays. On device and host a default
+    of these means none. On every tier: `coded-exponents` makes bf16 matrices smaller that are computed on as they are,
+    on processors with AVX512 VBMI2; elsewhere it means none. `enabled: false` turns all of it off.
     """
 
     enabled: bool = True
     default: Compression = "none"
+    device: MemoryCompression | None = None
+    host: MemoryCompression | None = None
     ramdisk: Compression | None = None
     nvme: Compression | None = None
     level: int = Field(1, ge=1, le=19)
+
+    def of(self, tier: str) -> Compression:
+        """What is done on a tier."""
+        wish: Compression = (getattr(self, tier) or self.default) if self.enabled else "none"
+        return "none" if tier in ("device", "host") and wish != "coded-exponents" else wish
 
 
 class Placement(_Section):
@@ -352,14 +333,56 @@ class ApiSection(_Section):
     upstream: Upstream = Upstream()
 
 
+class HuggingFace(_Section):
+    """Models of source_type huggingface.
+
+    `cache_dir`, `endpoint`: null = Hugging Face's own (HF_HUB_CACHE, HF_ENDPOINT). `token_env`: the variable with the
+    token for models that need one. `offline`: only what the cache holds. `trust_remote_code`: as the field of a model,
+    for all of them.
+    """
+
+    cache_dir: str | None = None
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/]")] | None = None
+    token_env: _Variable = "HF_TOKEN"
+    offline: bool = False
+    trust_remote_code: bool = False
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
+
+
+class Switching(_Section):
+    """Several models on one node. Models that nobody uses sleep when another one needs their memory, and wake when they
+    are asked for.
+
+    `on_request`: what a request for a model that is known and not loaded does: load it, or be refused.
+    `idle_sleep_s`: after so many seconds without a request a model sleeps; null = only when its memory is needed.
+    `switch_after_s`: how long a model waits for one that is busy, when it cannot run beside it, before that one has to
+    come to an end and sleep.
+    """
+
+    on_request: Literal["load", "refuse"] = "refuse"
+    idle_sleep_s: float | None = Field(None, gt=0)
+    switch_after_s: float = Field(10, ge=0)
+
+
 class AppConfig(_Section):
     """`args:` of `raytier.serve:build_app`.
 
-    `startup_model`: loaded when the application starts; auto = the first of `models`, null = none until a load request.
+    `models`, `registry`: the models that may be served, here or in a file (`raytier.sources.registry`); one of the two.
+    `loaders`: loaders of further source types: type -> module:Class (`raytier.sources.loader`).
+    `startup_model`: loaded when the application starts; auto = the first one, null = none until a load request.
     """
 
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...] = ()
+    registry: str | None = None
+    loaders: Mapping[str, Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]] = Field(default_factory=dict)
     startup_model: str | None = "auto"
+    switching: Switching = Switching()
     tiers: Tiers = Tiers()
     precision: PrecisionSection = PrecisionSection()
     compression: CompressionSection = CompressionSection()
@@ -369,31 +392,31 @@ class AppConfig(_Section):
     scheduler: Scheduler = Scheduler()
     compute: Compute = Compute()
     api: ApiSection = ApiSection()
+    huggingface: HuggingFace = HuggingFace()
     cache_dir: str = Field(default_factory=lambda: os.path.expanduser("~/.cache/raytier"))
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
+    @field_validator("registry")
+    @classmethod
+    def _from_here(cls, value: str | None) -> str | None:
+        return None if value is None else os.path.abspath(value)  # other processes have other working directories
+
     @model_validator(mode="after")
-    def _one_model(self) -> AppConfig:
+    def _some_models(self) -> AppConfig:
         names = [m.model_id for m in self.models]
         if len(set(names)) != len(names):
             raise ValueError(f"models: duplicate model_id in {names}")
-        if self.startup_model not in (None, "auto", *names):
+        if bool(names) == (self.registry is not None):
+            raise ValueError("give either models, with at least one of them, or registry, the path of a models.yaml")
+        if self.registry is None and self.startup_model not in (None, "auto", *names):
             raise ValueError(f"startup_model: {self.startup_model!r} is not one of {names}")
-        if len(self.models) > 1:
-            raise ValueError(f"models: one model per application in this version, {len(self.models)} given: {names}")
         return self
 
     def converts(self, tier: Literal["ramdisk", "nvme"]) -> bool:
         """Whether files of a tier may hold parameters in another form than the checkpoint, or coded."""
-        precision, compression = self.precision, self.compression
+        precision = self.precision
         form = getattr(precision, tier) or precision.default
-        codec = getattr(compression, tier) or compression.default
-        return (precision.enabled and form != "source") or (compression.enabled and codec != "none")
-
-    @property
-    def model(self) -> ModelEntry:
-        """The model that this application serves."""
-        return self.models[0]
+        return (precision.enabled and form != "source") or self.compression.of(tier) != "none"
 
 
 def parse_config(args: Mapping[str, Any]) -> AppConfig:
@@ -405,28 +428,30 @@ def parse_config(args: Mapping[str, Any]) -> AppConfig:
     try:
         return AppConfig.model_validate(dict(args))
     except ValidationError as error:
-        raise ConfigurationError(_explain(error)) from None
+        problems = explain(error, AppConfig)
+        raise ConfigurationError("Configuration is not valid:\n  " + "\n  ".join(problems)) from None
 
 
-def _explain(error: ValidationError) -> str:
-    """The problems, with values where none can be a key: not under `api`, nor of what is unknown."""
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """The problems of a `root`, a line each, with values where none can be a key: not under `api`, nor of what is
+    unknown."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "configuration"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{field}: unknown key; {_known(item['loc'])}")
+            lines.append(f"{field}: unknown key; {_known(root, item['loc'])}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required, not given")
         else:
             hidden = item["loc"][:1] == ("api",) or isinstance(item["input"], Mapping)
             shown = "" if hidden else f" (value {item['input']!r})"
             lines.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{shown}")
-    return "Configuration is not valid:\n  " + "\n  ".join(lines)
+    return lines
 
 
-def _known(loc: tuple[int | str, ...]) -> str:
+def _known(root: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """The keys that the section around an unknown key does accept."""
-    section: Any = AppConfig
+    section: Any = root
     for part in loc[:-1]:
         if isinstance(part, int):
             continue

@@ -65,6 +65,10 @@ class TierError(RaytierError):
     openai_type = "server_error"
 
 
+class DamagedError(TierError):
+    """A file does not hold what was written to it, or what it held when it was first read; the message says where."""
+
+
 class InvalidRequestError(RaytierError):
     """A request carries a value that cannot be served.
 
@@ -167,3 +171,8 @@ class UpstreamTimeoutError(UpstreamError):
     """The server behind this one did not answer in time."""
 
     http_status = 504
+
+
+def reason_of(error: BaseException) -> str:
+    """What to tell of an error: our own have a message, others a name as well."""
+    return error.message if isinstance(error, RaytierError) else f"{type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from raytier.config import parse_config
 from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.step import TokenLogprobs
-from raytier.errors import CheckpointError, ResourceNotAvailableError
+from raytier.errors import ResourceNotAvailableError
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
 from raytier.planner.plan import WeightPlan
+from raytier.sources.loader import Loaders
 from raytier.tiers.transfers import DEFAULT_PRIORITY, Transfer
 
 _PLACEMENT_TIMEOUT_S = 60.0
@@ -75,11 +75,9 @@ class LLM:
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        model_id = model.rstrip("/").rpartition("/")[2] or "model"
-        self._config = parse_config({"models": [{"model_id": model_id, "source_path": model}], **settings})
-        directory = self._config.model.directory()
-        if not os.path.isdir(directory):  # before Ray is started for nothing
-            raise CheckpointError(f"{directory}: no such directory; give the directory that holds config.json")
+        self._model_id = model.rstrip("/").rpartition("/")[2] or "model"
+        self._config = parse_config({"models": [{"model_id": self._model_id, "source_path": model}], **settings})
+        Loaders(self._config).find(self._config.models[0])  # before Ray is started for nothing
         self._group: ActorGroup | None = None
         self._placement_group: Any = None
         self._started_ray = not ray.is_initialized()
@@ -98,8 +96,9 @@ class LLM:
                 )
             self._group = ActorGroup(f"llm-{id(self):x}", self._config, resources, self._placement_group)
             self._group.start(with_model=True)
-            self.engine = self._group.load_model(description)
-            self._group.wait_loaded()
+            assert description is not None, "a local model is described before"
+            self.engine = self._group.load_model(self._model_id, description)
+            self._group.wait_loaded(self._model_id)
         except ray.exceptions.RayTaskError as error:
             self.close()
             raise error.cause from None
@@ -168,7 +167,7 @@ class LLM:
     def layers(self) -> tuple[ParameterStatus, ...]:
         """Every parameter and where it is now; raises as `status`."""
         assert self._group is not None
-        return self._group.layers()
+        return self._group.layers(self._model_id)
 
     def transfer(
         self,
@@ -203,8 +202,8 @@ class LLM:
 
     @property
     def _model(self) -> LoadedModel:
-        assert self._group is not None and self._group.model is not None
-        return self._group.model
+        assert self._group is not None
+        return self._group.models[self._model_id]
 
     def close(self) -> None:
         """End the engine and its actors and, where this object started it, Ray. A second call does nothing."""

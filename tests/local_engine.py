@@ -14,6 +14,7 @@ from raytier.config import parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.kv_setup import attach_lower, lower_shape
 from raytier.engine.tokenizer import Tokenizer
+from raytier.execution import sources
 from raytier.execution.model_runner import ModelRunner
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.rates import DEFAULT_RATES
@@ -45,10 +46,19 @@ class LocalEngine:
 
     @property
     def swept_bytes(self) -> int:
-        """Parameter bytes that every sweep must stream: all on disk but an embedding that is not also the head."""
+        """Parameter bytes that every sweep must stream: all on disk but routed experts, and an embedding that is not
+        also the head."""
         manifest, tier_of = self.manifest, self.plan.tier_of
-        on_disk = [p for p in manifest.parameters if tier_of[p.name] is Tier.NVME]
+        on_disk = [p for p in manifest.parameters if tier_of[p.name] is Tier.NVME and p.expert is None]
         return sum(p.nbytes for p in on_disk if p.role is not Role.EMBEDDING or manifest.tied)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Parameter bytes that experts on disk must have cost so far: of each as often as the router chose it, unless
+        it was still there."""
+        used = {p.name: p.access_count for p in self.runner.parameters()}
+        on_disk = [p for p in self.manifest.parameters if self.plan.tier_of[p.name] is Tier.NVME and p.expert]
+        return sum(p.nbytes * used[p.name] for p in on_disk) - self.runner._weights._streamed.stats.bytes_found
 
     @property
     def row_bytes(self) -> int:
@@ -60,7 +70,7 @@ class LocalEngine:
         """What was streamed is what the plan says, to the byte; and it came from disk."""
         total, steps = self.engine.stats().total, self.engine.stats().steps
         assert steps > 0
-        rows = total.bytes_streamed - steps * self.swept_bytes
+        rows = total.bytes_streamed - steps * self.swept_bytes - self.fetched_bytes
         if self.row_bytes:
             assert rows % self.row_bytes == 0 and steps <= rows // self.row_bytes <= total.num_tokens
         else:
@@ -76,6 +86,7 @@ def local_engine(
     device: str = "cpu",
     packed: bool | None = None,
     store: Path | None = None,
+    model_format: str = "safetensors",
     costs: bool = False,
     **settings: Any,
 ) -> Iterator[LocalEngine]:
@@ -87,7 +98,7 @@ def local_engine(
     if store is not None:
         settings = {"cache_dir": str(store), **settings}
     config = parse_config({"models": [{"model_id": "test", "source_path": str(model_dir)}], **settings})
-    description = describe_model(str(model_dir))
+    description = describe_model(str(model_dir), model_format)
     config = description.configure(config)
     manifest = description.manifest
     plan = plan_weights(
@@ -111,7 +122,7 @@ def local_engine(
     if store is not None:
         schemes = plan.schemes.by_tier[Tier.NVME]
         on_disk = [p for p in manifest.parameters if plan.tier_of[p.name] is Tier.NVME and p.name in schemes]
-        with closing(TierStore([str(store / "store")], 1 << 24)) as files:
+        with closing(TierStore([str(store / "store")], 1 << 24, cache_dir=sources._cache_dir)) as files:
             copies = files.obtain(manifest.model_dir, manifest.files, on_disk, schemes)
     kv = KVCache.of(manifest, share.block_size, config.kv)
     lower = lower_shape(manifest, plan, config, kv)

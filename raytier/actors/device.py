@@ -32,7 +32,10 @@ from raytier.tiers.arena import Arena, ArenaHandle
 from raytier.tiers.copies import TierCopy
 
 if TYPE_CHECKING:
-    from raytier.execution.model_runner import ModelRunner
+    from raytier.execution.model_runner import ModelRunner, Modules
+
+#: Models that may be read at the same time; further ones are, and nobody waits for their end until one of these has.
+_MOST_LOADING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +73,98 @@ class MoveResult:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceStatus:
-    """What a device holds and has done. Sizes in bytes, times in seconds.
+class HostedModel:
+    """What a model that is awake has on a device. Sizes in bytes.
 
     Attributes:
-        host_bytes, kv_host_bytes: of the host pool, for parameters and for KV.
+        held_bytes: of the device's budget: resident, ring, KV and activations.
+        host_bytes, kv_host_bytes: of the node's host pool, for its parameters and for its KV.
         reads_queued: read requests, nearly all of them prefetches, that wait for a thread.
         bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
     """
 
-    name: str
-    pid: int
-    device: str
-    threads: int
-    model_id: str | None
     resident_bytes: int
     host_bytes: int
     kv_host_bytes: int
     ring_bytes: int
     kv_bytes: int
-    max_rss_bytes: int
-    steps: int
-    busy_s: float
+    held_bytes: int
     bytes_read: int
     reads_queued: int
     bytes_loaded: int
     bytes_to_load: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceStatus:
+    """What a device holds and has done. Sizes in bytes, times in seconds.
+
+    Attributes:
+        models: what is awake. asleep: models whose modules are kept, without weights.
+    """
+
+    name: str
+    pid: int
+    device: str
+    threads: int
+    models: dict[str, HostedModel]
+    asleep: tuple[str, ...]
+    max_rss_bytes: int
+    steps: int
+    busy_s: float
+
+    def total(self, field: str) -> int:
+        """The sum of a field over the models that are awake."""
+        return sum(getattr(model, field) for model in self.models.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.total("resident_bytes")
+
+    @property
+    def host_bytes(self) -> int:
+        return self.total("host_bytes")
+
+    @property
+    def kv_host_bytes(self) -> int:
+        return self.total("kv_host_bytes")
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.total("ring_bytes")
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.total("kv_bytes")
+
+    @property
+    def bytes_read(self) -> int:
+        return self.total("bytes_read")
+
+    @property
+    def reads_queued(self) -> int:
+        return self.total("reads_queued")
+
+
+@dataclass(slots=True)
+class _Hosted:
+    """A model on a device: awake with a runner, or asleep with the modules of its last one."""
+
+    modules: Modules
+    manifest: ModelManifest
+    runner: ModelRunner | None
+    began: float = 0.0
+    last: tuple[int, int] = (-1, 0)
+
+
 class DeviceActor:
-    """Runs steps, sent to `address`. One message per step: a step number that does not follow the last is refused."""
+    """Runs steps of its models, sent to `address`; engines whose steps wait take turns. One message per step: a step
+    number that does not follow the last one of its model is refused.
+
+    Models have memory of their own, ring and readers included: what one has prefetched is the beginning of its next
+    sweep, and stays while others compute. Together they stay within the device's budget: what one may take is that
+    less what the others hold.
+    """
 
     def __init__(self, name: str, kind: str, threads: int, cache_dir: str) -> None:
         # First touch of small pages is the dearest part of filling memory; torch reads this when it is imported.
@@ -112,12 +177,9 @@ class DeviceActor:
         self._threads = threads
         self._compute = ComputeThread(self._step)
         self._device = self._compute.call(lambda: use_device(kind, threads, cache_dir))
-        self._runner: ModelRunner | None = None
-        self._model_id: str | None = None
+        self._hosted: dict[str, _Hosted] = {}
+        self._capacity = 0
         self._arena: Arena | None = None
-        self._kv_host_bytes = 0
-        self._began = 0.0
-        self._last: tuple[int, int] = (-1, 0)
         self._steps = 0
         self._busy_s = 0.0
 
@@ -158,22 +220,32 @@ class DeviceActor:
         tokenizer: TokenizerSpec,
         lower: LowerShape | None = None,
         kv_grant: ArenaGrant | None = None,
+        kept: Mapping[str, ArenaGrant] | None = None,
     ) -> float:
-        """Load `plan`'s share of a model; returns the seconds until steps may run, which is before all is read.
+        """Load `plan`'s share of a model, or wake it; returns the seconds until steps may run, before all is read.
 
         Args:
             grants: ranges of the host pool, one per host-tier parameter.
             copies: where the parameters lie that are on the ramdisk or in directories of the disk tier.
             lower: what KV goes to below the device. kv_grant: range of the host pool for it; None: memory of its own.
+            kept: ranges of the host pool with copies of parameters, to be used in place of reading them.
 
         Raises:
             CheckpointError: a file changed or ends early. UnsupportedModelError: see the message.
         """
-        from raytier.execution.model_runner import ModelRunner
+        from raytier.execution.model_runner import ModelRunner, build
+        from raytier.execution.threads import num_threads
 
-        if self._runner is not None:
-            raise RuntimeError(f"{self._name} holds {self._model_id} already")
-        self._began = time.perf_counter()
+        asleep = self._hosted.get(model_id)
+        if asleep is not None and asleep.runner is not None:
+            raise RuntimeError(f"{self._name} holds {model_id} already")
+        began = time.perf_counter()
+        if asleep is not None and asleep.manifest == manifest:
+            modules = asleep.modules
+        else:
+            with num_threads(1):  # beside the steps of others
+                modules = build(manifest, self._device)
+        others = self._held()
         load = partial(
             ModelRunner.load,
             manifest,
@@ -186,39 +258,76 @@ class DeviceActor:
             tokenizer=tokenizer,
             lower=lower,
             kv_memory=None if kv_grant is None else self._views({"": kv_grant})[""],
+            model=modules,
+            kept=self._views(kept or {}),
         )
         try:
-            self._runner = self._compute.call(load)
+            runner = self._compute.call(load)
         except BaseException:
+            self._hosted.pop(model_id, None)
             self._give_back()
             raise
-        self._model_id = model_id
-        self._kv_host_bytes = 0 if kv_grant is None else kv_grant.nbytes
-        self._last = (-1, 0)
-        return time.perf_counter() - self._began
+        self._hosted[model_id] = _Hosted(modules, manifest, runner, began)
+        self._capacity = plan.devices[0].budget_bytes + others
+        self._share_out()
+        return time.perf_counter() - began
 
-    @ray.method(concurrency_group="control")
-    def loaded(self) -> float:
+    @ray.method(concurrency_group="loading")
+    def loaded(self, model_id: str) -> float:
         """Wait until all that stays in memory has been read; seconds since loading began.
 
         Raises:
             CheckpointError, TierError: reading failed.
         """
-        self._running(self._model_id).wait_loaded()
-        return time.perf_counter() - self._began
+        self._running(model_id).wait_loaded()
+        return time.perf_counter() - self._hosted[model_id].began
 
     @ray.method(concurrency_group="control")
-    def kept_kv(self) -> list[list[tuple[int, bytes]]]:
+    def keepable(self, model_id: str) -> dict[str, int]:
+        """Parameters, and their bytes, that `sleep` can leave copies of; see `ModelRunner.keepable`."""
+        return self._running(model_id).keepable()
+
+    def sleep(self, model_id: str, grants: Mapping[str, ArenaGrant]) -> None:
+        """Free all memory of a model but for its modules. Its steps and moves have ended.
+
+        Args:
+            grants: ranges of the host pool to which parameters are copied before that (`keepable`).
+        """
+        runner = self._running(model_id)
+        runner.keep(self._views(grants))
+        self._hosted[model_id].runner = None
+        self._end(runner)
+
+    @ray.method(concurrency_group="control")
+    def kept_kv(self, model_id: str) -> list[list[tuple[int, bytes]]]:
         """Per KV cache group (slot, hash) of the blocks that are on disk from before."""
-        return self._running(self._model_id).kept_kv()
+        return self._running(model_id).kept_kv()
 
     def unload(self, model_id: str) -> None:
-        """Free everything of the model. Its steps have ended; a move that runs fails."""
-        runner = self._running(model_id)
-        self._runner = self._model_id = None
+        """Free everything of the model, awake or asleep. Its steps have ended; a move that runs fails."""
+        hosted = self._hosted.pop(model_id, None)
+        if hosted is not None and hosted.runner is not None:
+            runner, hosted.runner = hosted.runner, None
+            self._end(runner)
+        del hosted
+        self._give_back()
+
+    def _end(self, runner: ModelRunner) -> None:
         self._compute.call(runner.close)
         del runner
         self._give_back()
+        self._share_out()
+
+    def _held(self) -> int:
+        """Bytes of the device's budget that its models take."""
+        return sum(hosted.runner.held_bytes for hosted in list(self._hosted.values()) if hosted.runner is not None)
+
+    def _share_out(self) -> None:
+        """Let every model know what the others leave."""
+        held = self._held()
+        for hosted in list(self._hosted.values()):
+            if (runner := hosted.runner) is not None:
+                runner.budget_bytes = self._capacity - held + runner.held_bytes
 
     @ray.method(concurrency_group="transfers")
     def move(self, model_id: str, move: Move) -> MoveResult:
@@ -231,20 +340,23 @@ class DeviceActor:
         began = time.perf_counter()
         runner = self._running(model_id)
         sources = runner.move(move.names, move.destination, self._views(move.grants), move.copies)
+        self._share_out()
         moved = sum(p.nbytes for p in runner.parameters() if p.name in sources)
         return MoveResult(moved, time.perf_counter() - began, sources)
 
     @ray.method(concurrency_group="control")
-    def layers(self) -> tuple[ParameterStatus, ...]:
-        """Where every parameter of the loaded model is now; none without a model."""
-        runner = self._runner
+    def layers(self, model_id: str) -> tuple[ParameterStatus, ...]:
+        """Where every parameter of a model is now; none where it is not loaded, or asleep."""
+        hosted = self._hosted.get(model_id)
+        runner = hosted.runner if hosted is not None else None
         return runner.parameters() if runner is not None else ()
 
-    def _running(self, model_id: str | None) -> ModelRunner:
-        runner = self._runner
-        if runner is None or model_id != self._model_id:
-            raise InvalidRequestError(f"{self._name} holds {self._model_id}, not {model_id}", param="model")
-        return runner
+    def _running(self, model_id: str) -> ModelRunner:
+        hosted = self._hosted.get(model_id)
+        if hosted is None or hosted.runner is None:
+            awake = ", ".join(name for name, each in self._hosted.items() if each.runner is not None)
+            raise InvalidRequestError(f"{self._name} holds {awake or 'no model'}, not {model_id}", param="model")
+        return hosted.runner
 
     def _views(self, grants: Mapping[str, ArenaGrant]) -> dict[str, memoryview]:
         """The granted memory by name."""
@@ -257,8 +369,7 @@ class DeviceActor:
 
     def _give_back(self) -> None:
         """Let the system have what a model held; allocators would keep part of it."""
-        self._kv_host_bytes = 0
-        if self._arena is not None:
+        if self._arena is not None and not any(hosted.runner for hosted in self._hosted.values()):
             self._arena.close()
             self._arena = None
         _trim()
@@ -269,12 +380,12 @@ class DeviceActor:
         return self._compute.address
 
     def _step(self, batch: StepBatch) -> StepResult:
-        """Run one step of the loaded model."""
-        runner = self._running(batch.model_id)
-        epoch, last = self._last
+        """Run one step of a model."""
+        runner, hosted = self._running(batch.model_id), self._hosted[batch.model_id]
+        epoch, last = hosted.last
         if batch.epoch < epoch or batch.step != (last + 1 if batch.epoch == epoch else 1):
             raise RuntimeError(f"step {batch.epoch}.{batch.step} does not follow {epoch}.{last}: each is sent once")
-        self._last = (batch.epoch, batch.step)
+        hosted.last = (batch.epoch, batch.step)
         result = runner.step(batch)
         self._steps += 1
         self._busy_s += result.stats.wall_s
@@ -286,28 +397,35 @@ class DeviceActor:
 
     @ray.method(concurrency_group="control")
     def status(self) -> DeviceStatus:
-        runner = self._runner
-        memory = runner.memory() if runner is not None else {}
-        loaded, to_load = runner.progress if runner is not None else (0, 0)
+        hosted = dict(self._hosted)
         return DeviceStatus(
             name=self._name,
             pid=os.getpid(),
             device=self._device,
             threads=self._threads,
-            model_id=self._model_id,
-            resident_bytes=memory.get("resident", 0),
-            host_bytes=memory.get("host", 0),
-            kv_host_bytes=self._kv_host_bytes,
-            ring_bytes=memory.get("ring", 0),
-            kv_bytes=memory.get("kv", 0),
+            models={name: _status(each.runner) for name, each in hosted.items() if each.runner is not None},
+            asleep=tuple(name for name, each in hosted.items() if each.runner is None),
             max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             steps=self._steps,
             busy_s=self._busy_s,
-            bytes_read=runner.bytes_read if runner is not None else 0,
-            reads_queued=runner.reads_queued if runner is not None else 0,
-            bytes_loaded=loaded,
-            bytes_to_load=to_load,
         )
+
+
+def _status(runner: ModelRunner) -> HostedModel:
+    memory = runner.memory()
+    loaded, to_load = runner.progress
+    return HostedModel(
+        resident_bytes=memory["resident"],
+        host_bytes=memory["host"],
+        kv_host_bytes=memory["kv_host"],
+        ring_bytes=memory["ring"],
+        kv_bytes=memory["kv"],
+        held_bytes=runner.held_bytes,
+        bytes_read=runner.bytes_read,
+        reads_queued=runner.reads_queued,
+        bytes_loaded=loaded,
+        bytes_to_load=to_load,
+    )
 
 
 def _trim() -> None:
@@ -317,6 +435,7 @@ def _trim() -> None:
 
 
 def remote_device_actor() -> Any:
-    """The actor class as Ray wants it: one thread that loads and unloads, one that moves parameters, three for control,
-    of which one may wait for the end of loading."""
-    return ray.remote(concurrency_groups={"control": 3, "transfers": 1})(DeviceActor)  # type: ignore[call-overload]
+    """The actor class as Ray wants it: one thread that loads, unloads and puts to sleep, one that moves parameters, two
+    for control, and one for each model whose end of loading is waited for."""
+    groups = {"control": 2, "transfers": 1, "loading": _MOST_LOADING}
+    return ray.remote(concurrency_groups=groups)(DeviceActor)  # type: ignore[call-overload]

@@ -41,11 +41,12 @@ class DiskStatus:
         reads, bytes_read: by consumers of this tier.
         writes, bytes_written: of copies.
         source_bytes_read: from the checkpoint in order to make copies.
-        errors: files found missing or changed, copies that failed.
+        errors: files found missing, changed or damaged, copies that failed.
         free_bytes: of the filesystem that has least.
         measured_bytes_per_s: read rate that the planner reckons with.
         utilization: of that rate, while the last steps ran (0..1).
         storing: bytes written and bytes to be written by the store under way, None: there is none.
+        models: model -> bytes of its copies.
     """
 
     name: str
@@ -66,6 +67,7 @@ class DiskStatus:
     utilization: float
     storing: tuple[int, int] | None
     directories: tuple[DirectoryUsage, ...]
+    models: dict[str, int]
 
 
 class DiskTierActor:
@@ -87,7 +89,7 @@ class DiskTierActor:
         Args:
             tier: the section that this actor stands for.
             store: directories for what the disk holds in another form or coded.
-            cache_dir: where compiled kernels are kept; None: parameters are converted without.
+            cache_dir: where compiled kernels, and what checkpoints hold, are kept; None: nowhere.
 
         Raises:
             ConfigurationError, ResourceNotAvailableError: a directory or a mount cannot be had; says which and why.
@@ -100,6 +102,7 @@ class DiskTierActor:
         self._ramdisk: Ramdisk | None = None
         self._files: TierFiles | None = None
         self._store: TierStore | None = None
+        self._cache_dir = cache_dir
         self._in_place: dict[str, int] = {}  # checkpoint file -> size
         self._lock = threading.Lock()  # counters
         self._reads = self._bytes_read = self._errors = 0
@@ -127,6 +130,7 @@ class DiskTierActor:
                 MIB,  # one directory: nothing is striped
                 self._ramdisk.usable_bytes,
                 advice="move something away, or raise tiers.ramdisk.size_mb",
+                cache_dir=self._cache_dir,
             )
         except ConfigurationError as error:
             self._ramdisk.close()
@@ -144,9 +148,25 @@ class DiskTierActor:
         )
         try:
             if tier.paths:
-                self._files = TierFiles(tier.paths, stripe, capacity, kept, advice=advice, others=self._stored_bytes)
+                self._files = TierFiles(
+                    tier.paths,
+                    stripe,
+                    capacity,
+                    kept,
+                    advice=advice,
+                    others=self._stored_bytes,
+                    cache_dir=self._cache_dir,
+                )
             if store:
-                self._store = TierStore(store, stripe, capacity, kept, advice=advice, others=self._copied_bytes)
+                self._store = TierStore(
+                    store,
+                    stripe,
+                    capacity,
+                    kept,
+                    advice=advice,
+                    others=self._copied_bytes,
+                    cache_dir=self._cache_dir,
+                )
         except ConfigurationError as error:
             raise ConfigurationError(f"tiers.nvme.paths: {error.message}") from None
 
@@ -241,11 +261,12 @@ class DiskTierActor:
             raise TierError("this tier reads the checkpoint in place: set tiers.nvme.paths for it to keep copies")
         return self._files
 
-    def record(self, reads: int, bytes_read: int, seconds: float) -> None:
-        """Add what a consumer read in the last `seconds`."""
+    def record(self, reads: int, bytes_read: int, seconds: float, damaged: int = 0) -> None:
+        """Add what a consumer read in the last `seconds`, and how often that was not as it should be."""
         with self._lock:
             self._reads += reads
             self._bytes_read += bytes_read
+            self._errors += damaged
             if self._rate and seconds > 0:
                 self._utilization = min(1.0, bytes_read / seconds / self._rate)
             self._recorded = time.monotonic()
@@ -280,6 +301,7 @@ class DiskTierActor:
             utilization=utilization,
             storing=self._storing,
             directories=directories,
+            models={} if usage is None else usage.models,
         )
 
     def close(self) -> None:

@@ -62,23 +62,25 @@ class StepReporter:
         self._records = [disk.record] + ([ramdisk.record] if ramdisk is not None else [])
         self._flush_s = flush_s
         self._since = time.monotonic()
-        self._counts = [(0, 0)] * len(self._records)  # reads, bytes
+        self._counts = [(0, 0, 0)] * len(self._records)  # reads, bytes, damaged
 
     def __call__(self, report: StepReport) -> None:
         if report.kv:
             self._report.remote(self._engine_id, report.epoch, report.step, report.kv)
         if (stats := report.stats) is not None:
-            ramdisk = (stats.reads_ramdisk, stats.bytes_read_ramdisk)
-            disk = (stats.reads - ramdisk[0], stats.bytes_read - ramdisk[1])
+            ramdisk = (stats.reads_ramdisk, stats.bytes_read_ramdisk, stats.damaged_ramdisk)
+            disk = (stats.reads - ramdisk[0], stats.bytes_read - ramdisk[1], stats.damaged - ramdisk[2])
             news = (disk, ramdisk)
-            self._counts = [(r + dr, b + db) for (r, b), (dr, db) in zip(self._counts, news, strict=False)]
+            self._counts = [
+                (r + dr, b + db, d + dd) for (r, b, d), (dr, db, dd) in zip(self._counts, news, strict=False)
+            ]
         now = time.monotonic()
         idle = not (report.num_running or report.num_waiting)
-        if any(reads for reads, _ in self._counts) and (idle or now - self._since >= self._flush_s):
-            for record, (reads, nbytes) in zip(self._records, self._counts, strict=True):
+        if any(reads for reads, _, _ in self._counts) and (idle or now - self._since >= self._flush_s):
+            for record, (reads, nbytes, damaged) in zip(self._records, self._counts, strict=True):
                 if reads:
-                    record.remote(reads, nbytes, now - self._since)
-            self._counts = [(0, 0)] * len(self._records)
+                    record.remote(reads, nbytes, now - self._since, damaged)
+            self._counts = [(0, 0, 0)] * len(self._records)
             self._since = now
 
 

@@ -1,4 +1,4 @@
-"""The actors of one node, made inside a placement group, and the model that they hold."""
+"""The actors of one node, made inside a placement group, and the models that they hold."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -20,8 +20,9 @@ from raytier.actors.disk import DiskStatus, remote_disk_actor, remove_leftovers
 from raytier.actors.executor import cause_of
 from raytier.actors.host import HostPoolActor, HostStatus
 from raytier.actors.kv_blocks import KVBlockActor
-from raytier.actors.model import LoadedModel, NodeActors
+from raytier.actors.model import LoadedModel
 from raytier.actors.names import NAMESPACE, actor_name
+from raytier.actors.node import NodeActors
 from raytier.actors.transfers import TransferManager
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import AppConfig, NvmeTier, RamdiskTier
@@ -31,7 +32,7 @@ from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.inventory import take_inventory
 from raytier.kv.ledger import KVStats
 from raytier.planner.budgets import DeviceKind, disk_directories, node_budgets, planned_paths, store_directories
-from raytier.planner.plan import ResourcePlan
+from raytier.planner.plan import ResourcePlan, WeightPlan
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,16 @@ _STATUS_METHODS = {"device": "status", "host": "status", "disk": "status", "ramd
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """Live status of the actors of a node; None for one that is not there, as most are before the first model."""
+    """Live status of the actors of a node; None for one that is not there, as most are before the first model.
+
+    `kv`: by model, of those that are loaded and awake.
+    """
 
     device: DeviceStatus | None = None
     host: HostStatus | None = None
     disk: DiskStatus | None = None
     ramdisk: DiskStatus | None = None
-    kv: KVStats | None = None
+    kv: Mapping[str, KVStats] = field(default_factory=dict)
 
 
 class ActorGroup:
@@ -68,7 +72,7 @@ class ActorGroup:
         kind: what the device is.
         pids: process of each actor that has come up, by role.
         transfers: what moves, or waits to, of the models.
-        model: what is loaded now.
+        models: what is loaded now, by id; some of it may be asleep.
     """
 
     def __init__(self, app: str, config: AppConfig, resources: ResourcePlan, placement_group: PlacementGroup) -> None:
@@ -82,7 +86,7 @@ class ActorGroup:
         self.kind: DeviceKind = "cuda" if "GPU" in self._bundle("device") else "cpu"
         self.pids: dict[str, int] = {}
         self.transfers = TransferManager()
-        self.model: LoadedModel | None = None
+        self.models: dict[str, LoadedModel] = {}
 
     def start(self, *, with_model: bool) -> None:
         """Create the actors.
@@ -100,48 +104,90 @@ class ActorGroup:
             self.stop()
             raise
 
-    def load_model(self, description: ModelDescription) -> Engine:
-        """Load a model and return its engine, which runs; blocks until it can take requests.
+    def load_model(self, model_id: str, description: ModelDescription, plan: WeightPlan | None = None) -> Engine:
+        """Load a model, or wake it, and return its engine, which runs; blocks until it can take requests.
+
+        Args:
+            plan: from `plan_model`, when all of `without` are asleep; None: it is planned here.
 
         Raises:
-            BudgetError, CheckpointError, ResourceNotAvailableError, ...: as the message says; no model is loaded then.
+            BudgetError, CheckpointError, ResourceNotAvailableError, ...: as the message says; nothing of it is held.
             ModelLoadingError: an actor is gone or does not answer.
         """
-        if self.model is not None:
-            raise RuntimeError(f"{self.model.model_id} is loaded already")
+        model = self.models.get(model_id)
+        if model is not None and model.awake:
+            raise RuntimeError(f"{model_id} is loaded already")
         self._create_missing(with_model=True)
         assert self._node is not None
         try:
-            self.model = LoadedModel.load(self._node, self.transfers, self._config, description)
+            if model is not None and model.description is description:
+                try:
+                    model.wake(plan)
+                except BaseException:
+                    del self.models[model_id]
+                    raise
+            else:
+                if model is not None:  # its files have changed while it slept
+                    self.unload_model(model_id, threading.Event())
+                model = LoadedModel.load(self._node, self.transfers, model_id, description, plan)
+                self.models[model_id] = model
         except (RayActorError, GetTimeoutError) as error:
             raise ModelLoadingError(f"an actor is gone or does not answer: {cause_of(error)}") from error
-        return self.model.engine
+        return model.engine
 
-    def wait_loaded(self) -> float:
-        """Wait until all of the model is in place, see `LoadedModel.wait_loaded`."""
-        return self._loaded().wait_loaded()
+    def plan_model(self, model_id: str, description: ModelDescription, without: Collection[str]) -> WeightPlan:
+        """The plan that a model would get while the models of `without` are asleep.
 
-    def unload_model(self, cancel: threading.Event) -> None:
-        """Unload the model, see `LoadedModel.unload`; the actors stay."""
-        model = self._loaded()
+        Raises:
+            BudgetError: it would not fit. ModelLoadingError: an actor is gone or does not answer.
+        """
+        self._create_missing(with_model=True)
+        assert self._node is not None
+        try:
+            return self._node.plan(model_id, description, without)
+        except (RayActorError, GetTimeoutError) as error:
+            raise ModelLoadingError(f"an actor is gone or does not answer: {cause_of(error)}") from error
+
+    def wait_loaded(self, model_id: str) -> float:
+        """Wait until all of a model is in place, see `LoadedModel.wait_loaded`."""
+        return self._loaded(model_id).wait_loaded()
+
+    def sleep_model(self, model_id: str, cancel: threading.Event) -> None:
+        """Put a model to sleep, see `LoadedModel.sleep`; one for which that fails is unloaded."""
+        model = self._loaded(model_id)
+        try:
+            model.sleep(cancel)
+        except BaseException:
+            del self.models[model_id]
+            raise
+
+    def unload_model(self, model_id: str, cancel: threading.Event) -> None:
+        """Unload a model, awake or asleep, see `LoadedModel.unload`; the actors stay."""
+        model = self._loaded(model_id)
         try:
             model.unload(cancel)
         finally:
-            self.model = None
+            del self.models[model_id]
 
-    def _loaded(self) -> LoadedModel:
-        if self.model is None:
-            raise RuntimeError(f"no model is loaded in {self._app}")
-        return self.model
+    def _loaded(self, model_id: str) -> LoadedModel:
+        if model_id not in self.models:
+            raise RuntimeError(f"{model_id} is not loaded in {self._app}")
+        return self.models[model_id]
 
     def status(self, timeout_s: float = 10.0) -> GroupStatus:
         """Ask every actor once; raises as `ping`."""
         return GroupStatus(**self._ask(_STATUS_METHODS, timeout_s))
 
-    def layers(self, timeout_s: float = 10.0) -> tuple[ParameterStatus, ...]:
-        """Where every parameter of the model is now, in the manifest's order; raises as `ping`."""
-        parameters: tuple[ParameterStatus, ...] = self._ask({"device": "layers"}, timeout_s).get("device", ())
+    def layers(self, model_id: str, timeout_s: float = 10.0) -> tuple[ParameterStatus, ...]:
+        """Where every parameter of a model is now, in the manifest's order, none while it sleeps; raises as `ping`."""
+        answers = self._ask({"device": "layers"}, timeout_s, model_id)
+        parameters: tuple[ParameterStatus, ...] = answers.get("device", ())
         return parameters
+
+    @property
+    def device_budget(self) -> int | None:
+        """Bytes of the device for all models; None before there is one."""
+        return None if self._node is None else self._node.budgets.device_bytes
 
     def ping(self, timeout_s: float = 10.0) -> None:
         """Hear from every actor.
@@ -152,12 +198,12 @@ class ActorGroup:
         """
         self._ask(dict.fromkeys(_STATUS_METHODS, "ping"), timeout_s)
 
-    def _ask(self, methods: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
+    def _ask(self, methods: Mapping[str, str], timeout_s: float, *args: Any) -> dict[str, Any]:
         """Call a method of each role's actor that has come up, all at once; answers by role."""
         if self._stopped:
             raise EngineDeadError(f"the actors of {self._app} have ended")
         roles = [role for role in self.pids if role in methods]
-        refs = {role: getattr(self._actors[role], methods[role]).remote() for role in roles}
+        refs = {role: getattr(self._actors[role], methods[role]).remote(*args) for role in roles}
         deadline = time.monotonic() + timeout_s
         answers = {}
         for role, ref in refs.items():
@@ -175,8 +221,9 @@ class ActorGroup:
         actors, self._actors = self._actors, {}
         pids, self.pids = self.pids, {}
         self.transfers.close(f"{self._app} is being stopped")
-        if self.model is not None:
-            self.model.engine.close()
+        for model in list(self.models.values()):
+            if model.awake:
+                model.engine.close()
         owners: dict[str, NvmeTier | RamdiskTier] = {"ramdisk": self._config.tiers.ramdisk}
         if disk_directories(self._config):
             owners["disk"] = self._config.tiers.nvme
@@ -198,8 +245,7 @@ class ActorGroup:
         tiers, kind = self._config.tiers, self.kind
         wanted: dict[str, tuple[Any, ...]] = {}
         if with_model and self._node is None:
-            paths = planned_paths(self._config, self._config.model.directory())
-            budgets = node_budgets(take_inventory(paths), self._config, kind, started="ray")
+            budgets = node_budgets(take_inventory(planned_paths(self._config)), self._config, kind, started="ray")
             threads = self._config.compute.resolve_threads(len(os.sched_getaffinity(0)))
             wanted["device"] = (remote_device_actor(), kind, threads, self._config.cache_dir)  # first: it takes longest
             wanted["host"] = (ray.remote(HostPoolActor), budgets.host_bytes)
@@ -221,7 +267,7 @@ class ActorGroup:
             raise
         self.pids = self.pids | dict(zip(new, pids, strict=True))
         if with_model and self._node is None:
-            self._node = NodeActors(kind, budgets.host_bytes, self._actors)
+            self._node = NodeActors(kind, self._config, budgets, self._actors)
 
     def _bundle(self, role: str) -> dict[str, float]:
         return self._resources.bundles[self._resources.roles.index(role)]

@@ -19,11 +19,12 @@ class HostStatus:
 
     Attributes:
         capacity: the budget of the pool.
-        free: granted to nobody.
+        free: granted to nobody; copies of sleeping models do not count as free, though they give way.
         largest_free: of one range: a larger parameter cannot be granted room now.
         touched: taken from the system; a grant takes pages only as its range is filled.
-        owners: model -> bytes granted to its parameters.
+        owners: model -> bytes granted to its parameters, copies included.
         ranges: number of grants.
+        kept: model -> bytes of these that are copies, which give way to other grants.
     """
 
     name: str
@@ -34,6 +35,7 @@ class HostStatus:
     touched: int
     owners: dict[str, int]
     ranges: int
+    kept: dict[str, int]
 
 
 class HostPoolActor:
@@ -41,6 +43,11 @@ class HostPoolActor:
 
     The arena has the size of the node's host budget and takes memory only as it is filled. It is anonymous
     (memfd): when the node's processes end, however they end, it is gone.
+
+    A grant is held by a model that is awake, or it is a copy that is kept for when the model is needed again: copies
+    give way to grants, those that were used longest ago first, unless they are pinned because somebody reads them.
+
+    Invariant: what is kept is a part of what is granted.
     """
 
     def __init__(self, name: str, capacity: int) -> None:
@@ -54,6 +61,8 @@ class HostPoolActor:
         self._capacity = self._allocator.capacity
         self._arena = Arena.create("raytier-host", self._capacity) if self._capacity else None
         self._grants: dict[str, dict[str, ArenaGrant]] = {}  # model -> parameter -> grant
+        self._kept: dict[str, set[str]] = {}  # model -> parameters; the one used last comes last
+        self._pinned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"HostPoolActor({self._capacity / MIB:.0f} MiB)"
@@ -61,10 +70,54 @@ class HostPoolActor:
     def reserve(self, model_id: str, sizes: Mapping[str, int]) -> dict[str, ArenaGrant]:
         """Grant every parameter of `sizes` (name -> bytes) a range of its own: all of them, or none.
 
+        A parameter whose copy is kept gets the range of that, with its bytes.
+
         Raises:
             ResourceNotAvailableError: there is no room; says how much is needed, free, and in one piece.
             ValueError: a parameter has a range already, or wants no bytes.
         """
+        copies = self._kept.get(model_id, set())
+        ours = {name: self._grants[model_id][name] for name in sizes if name in copies}
+        if small := [name for name, grant in ours.items() if grant.nbytes < sizes[name]]:  # kept in another form
+            self.free(model_id, small)
+            ours = {name: grant for name, grant in ours.items() if name not in small}
+        granted = self._reserve(model_id, {name: nbytes for name, nbytes in sizes.items() if name not in ours})
+        copies.difference_update(ours)
+        return {name: (ours | granted)[name] for name in sizes}
+
+    def keep(self, model_id: str, sizes: Mapping[str, int]) -> dict[str, ArenaGrant]:
+        """Ranges for copies of parameters, in the order of `sizes`: as many as there is room for.
+
+        Copies of other models that were used longer ago give way; what is held does not. A parameter that has a range
+        keeps it, and it is a copy from now on.
+        """
+        held = self._grants.get(model_id, {})
+        kept = self._kept.pop(model_id, set())
+        self._kept[model_id] = kept  # the one used last
+        grants: dict[str, ArenaGrant] = {}
+        for name, nbytes in sizes.items():
+            if name not in held:
+                try:
+                    self._reserve(model_id, {name: nbytes})
+                except ResourceNotAvailableError:
+                    continue
+                held = self._grants[model_id]
+            kept.add(name)
+            grants[name] = held[name]
+        if not kept:
+            del self._kept[model_id]
+        return grants
+
+    def kept(self, model_id: str) -> dict[str, ArenaGrant]:
+        """The copies of a model, which stay until `unpin`."""
+        self._pinned.add(model_id)
+        return {name: self._grants[model_id][name] for name in self._kept.get(model_id, ())}
+
+    def unpin(self, model_id: str) -> None:
+        """Nobody reads the copies of this model any more: they may give way."""
+        self._pinned.discard(model_id)
+
+    def _reserve(self, model_id: str, sizes: Mapping[str, int]) -> dict[str, ArenaGrant]:
         held = self._grants.get(model_id, {})
         if double := [name for name in sizes if name in held]:
             raise ValueError(f"{model_id}: {double[0]} has a range of the host pool already; free it first")
@@ -79,7 +132,7 @@ class HostPoolActor:
         try:
             # The largest first: what is small finds room in what they leave.
             for name in sorted(sizes, key=lambda name: -sizes[name]):
-                placed[name] = self._allocator.allocate(_owner(model_id, name), sizes[name])
+                placed[name] = self._allocate(model_id, name, sizes[name])
         except ResourceNotAvailableError:
             for name in placed:
                 self._allocator.free(_owner(model_id, name))
@@ -98,6 +151,18 @@ class HostPoolActor:
         self._grants.setdefault(model_id, {}).update(grants)
         return grants
 
+    def _allocate(self, model_id: str, name: str, nbytes: int) -> int:
+        """Room for one parameter; copies of other models give way to it."""
+        while True:
+            try:
+                return self._allocator.allocate(_owner(model_id, name), nbytes)
+            except ResourceNotAvailableError:
+                oldest = next((each for each in self._kept if each != model_id and each not in self._pinned), None)
+                if oldest is None or align_up(nbytes) > self._capacity:
+                    raise
+                copies = self._kept[oldest]
+                self.free(oldest, [max(copies, key=lambda copy: self._grants[oldest][copy].nbytes)])
+
     def free(self, model_id: str, names: Sequence[str] | None = None) -> int:
         """Take back the ranges of these parameters (None: all of the model) and give their pages to the system.
 
@@ -112,8 +177,12 @@ class HostPoolActor:
             self._arena.release(*self._allocator.range_of(_owner(model_id, name)))
             self._allocator.free(_owner(model_id, name))
             freed += held.pop(name).nbytes
+            if (copies := self._kept.get(model_id)) is not None:
+                copies.discard(name)
         if not held:
             self._grants.pop(model_id, None)
+        if not self._kept.get(model_id):
+            self._kept.pop(model_id, None)
         return freed
 
     def ping(self) -> str:
@@ -130,6 +199,9 @@ class HostPoolActor:
             touched=0 if self._arena is None else self._arena.touched_bytes,
             owners={model: sum(g.nbytes for g in grants.values()) for model, grants in self._grants.items()},
             ranges=sum(len(grants) for grants in self._grants.values()),
+            kept={
+                model: sum(self._grants[model][name].nbytes for name in names) for model, names in self._kept.items()
+            },
         )
 
 

@@ -9,43 +9,44 @@ from raytier.kv.ledger import Extent, GroupShape, KVStats, LeaseLedger, LedgerDe
 
 
 class KVBlockActor:
-    """A shell over `LeaseLedger`. Engines allocate inside their lease and report asynchronously."""
+    """A shell over a `LeaseLedger` per model. Engines allocate inside their lease and report asynchronously."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._shape = "no model"
-        self._ledger: LeaseLedger | None = None
+        self._ledgers: dict[str, LeaseLedger] = {}
 
     def __repr__(self) -> str:
-        return f"KVBlockActor({self._shape})"
+        if not self._ledgers:
+            return "KVBlockActor(no model)"
+        blocks = {model: ledger.stats().total_blocks for model, ledger in self._ledgers.items()}
+        return f"KVBlockActor({', '.join(f'{model}: {count} blocks' for model, count in blocks.items())})"
 
-    def open(self, groups: Sequence[GroupShape], block_size: int) -> None:
+    def open(self, model_id: str, groups: Sequence[GroupShape], block_size: int) -> None:
         """Begin anew with the blocks of a model, of `block_size` tokens."""
-        self._ledger = LeaseLedger(groups, block_size)
-        self._shape = f"{sum(group.num_blocks for group in groups)} blocks of {block_size} tokens"
+        self._ledgers[model_id] = LeaseLedger(groups, block_size)
 
-    def close(self) -> None:
-        """The model is gone, and its blocks with it."""
-        self._ledger = None
-        self._shape = "no model"
+    def close(self, model_id: str) -> None:
+        """The model is gone, or asleep, and its blocks with it."""
+        self._ledgers.pop(model_id, None)
 
     def lease(self, engine_id: str, epoch: int, count: int, group: int = 0) -> tuple[Extent, ...]:
-        """Lease `count` blocks of a group; see `LeaseLedger.lease`."""
-        if self._ledger is None:
-            raise EngineDeadError(f"{self._name} has no blocks to lease to {engine_id}: no model is loaded")
-        return self._ledger.lease(engine_id, epoch, count, group)
+        """Lease `count` blocks of a group to the engine of a model; see `LeaseLedger.lease`."""
+        ledger = self._ledgers.get(engine_id)
+        if ledger is None:
+            raise EngineDeadError(f"{self._name} has no blocks to lease to {engine_id}: that model is not loaded")
+        return ledger.lease(engine_id, epoch, count, group)
 
     def report(self, engine_id: str, epoch: int, step: int, delta: LedgerDelta) -> None:
         """What an engine allocated and freed in one step; idempotent by (epoch, step)."""
-        if self._ledger is not None:  # the last report of an engine may come after its end
-            self._ledger.report(engine_id, epoch, step, delta)
+        ledger = self._ledgers.get(engine_id)
+        if ledger is not None:  # the last report of an engine may come after its end
+            ledger.report(engine_id, epoch, step, delta)
 
     def ping(self) -> str:
         return self._name
 
-    def stats(self) -> KVStats | None:
-        """The ledger's view; None while no model is loaded."""
-        if self._ledger is None:
-            return None
-        self._ledger.check_integrity()
-        return self._ledger.stats()
+    def stats(self) -> dict[str, KVStats]:
+        """The ledger's view, by model; of those that are loaded and awake."""
+        for ledger in self._ledgers.values():
+            ledger.check_integrity()
+        return {model: ledger.stats() for model, ledger in self._ledgers.items()}

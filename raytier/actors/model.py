@@ -1,4 +1,4 @@
-"""A model on the actors of a node: the order in which it comes up there, and in which it goes."""
+"""A model on the actors of a node: the order in which it comes up there, sleeps, wakes and goes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from raytier.actors.device import ArenaGrant
 from raytier.actors.executor import RemoteExecutor, StepReporter, answer_of, cause_of
+from raytier.actors.node import CALL_TIMEOUT_S, NodeActors
 from raytier.actors.places import FilePlace, HostPlace, Place
 from raytier.actors.transfers import ParameterMover, TransferManager
 from raytier.checkpoint.manifest import ModelDescription, ModelManifest
@@ -21,19 +22,14 @@ from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.kv_setup import attach_lower, host_bytes, lower_shape
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
-from raytier.hardware.inventory import take_inventory
-from raytier.hardware.rates import Rates
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import GroupShape
-from raytier.planner.budgets import DeviceKind, disk_directories, planned_paths, ramdisk_directory
-from raytier.planner.placement import plan_weights
+from raytier.planner.budgets import disk_directories
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
-from raytier.tiers.aligned import ALIGNMENT
 from raytier.tiers.copies import TierCopy
 
 logger = logging.getLogger(__name__)
 
-_CALL_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
 #: Under that name KV has its range of the host pool; no parameter is called so.
 _KV_OWNER = "KV blocks"
@@ -41,43 +37,17 @@ _KV_OWNER = "KV blocks"
 _DRAIN_S = 0.02
 
 
-class NodeActors:
-    """Handles of the actors of a node; without one of the ramdisk where there is none.
-
-    Attributes:
-        kind: what the device is. host_bytes: capacity of the host pool.
-    """
-
-    def __init__(self, kind: DeviceKind, host_bytes: int, handles: Mapping[str, Any]) -> None:
-        self.kind = kind
-        self.host_bytes = host_bytes
-        self.device, self.host, self.disk, self.kv = (handles[role] for role in ("device", "host", "disk", "kv"))
-        self.ramdisk = handles.get("ramdisk")
-        self._rates: dict[str, Rates] = {}
-
-    def rates(self, config: AppConfig, manifest: ModelManifest) -> Rates:
-        """Rates for a model: measured once in the life of these actors, if they are not in the cache."""
-        if (known := self._rates.get(manifest.compute_dtype)) is not None:
-            return known
-        largest = max(manifest.files, key=lambda file: file.size).path
-        asked = self.device.rates.remote(
-            largest, manifest.compute_dtype, config.cache_dir, disk_directories(config), ramdisk_directory(config)
-        )
-        rates: Rates = answer_of(asked, _CALL_TIMEOUT_S)
-        self.disk.calibrate.remote(rates.disk_read_bytes_per_s)
-        if self.ramdisk is not None and rates.ramdisk_read_bytes_per_s is not None:
-            self.ramdisk.calibrate.remote(rates.ramdisk_read_bytes_per_s)
-        self._rates[manifest.compute_dtype] = rates
-        return rates
-
-
 class LoadedModel:
     """What a model has on the actors, and its engine. Made by `load`; `unload` frees everything.
 
+    Asleep it has no engine, no KV and nothing on the device but its modules; the host pool keeps copies of its
+    parameters as long as nobody else needs the room.
+
     Attributes:
         rates: of the node, by which `plan` was made.
-        began: when loading began (`time.monotonic`).
-        engine: runs from `load` on.
+        plan: by which it was loaded, or woken, last.
+        began: when that began (`time.monotonic`).
+        awake: it has an engine.
         mover: moves its parameters while the engine runs.
     """
 
@@ -85,35 +55,39 @@ class LoadedModel:
         self,
         actors: NodeActors,
         transfers: TransferManager,
-        description: ModelDescription,
         model_id: str,
-        config: AppConfig,
-        rates: Rates,
+        description: ModelDescription,
         plan: WeightPlan,
-        began: float,
     ) -> None:
         self._actors = actors
         self._transfers = transfers
-        self._config = config
-        self.description = description
         self.model_id = model_id
-        self.rates = rates
-        self.plan = plan
-        self.began = began
+        self.description = description
+        self._config = description.configure(actors.config)
+        self.rates, self.plan = actors.rates(description.manifest), plan
+        self.began = time.monotonic()
+        self.awake = False
         self._unloading = False
         self._loading: Any = None  # what `device.load` will answer
+        self._stored: dict[Tier, dict[str, TierCopy]] = {}  # copies that it has in files of tiers
         self._executor: RemoteExecutor | None = None
         self._engine: Engine | None = None
-        self._places = _places(actors, model_id, description.manifest, config, plan.schemes)
-        self.mover = ParameterMover(
+        self._tokenizer: Tokenizer | None = None
+        self._places: dict[Tier, Place] = {}
+        self.mover = self._new_mover()
+
+    def _new_mover(self) -> ParameterMover:
+        actors, model_id, config = self._actors, self.model_id, self._config
+        self._places = _places(actors, model_id, self.description.manifest, config, self.plan.schemes)
+        return ParameterMover(
             model_id,
-            description.manifest,
-            plan.tier_of,
+            self.description.manifest,
+            self.plan.tier_of,
             lambda order: answer_of(actors.device.move.remote(model_id, order)),
             self._places,
             file_tiers=[tier for tier in FILE_TIERS if getattr(config.tiers, tier).enabled],
             kind=actors.kind,
-            index=plan.devices[0].index,
+            index=self.plan.devices[0].index,
         )
 
     @property
@@ -123,46 +97,65 @@ class LoadedModel:
 
     @classmethod
     def load(
-        cls, actors: NodeActors, transfers: TransferManager, config: AppConfig, description: ModelDescription
+        cls,
+        actors: NodeActors,
+        transfers: TransferManager,
+        model_id: str,
+        description: ModelDescription,
+        plan: WeightPlan | None = None,
     ) -> LoadedModel:
-        """Plan with what the node has now, load, and start the engine; the rest is read behind its first steps.
+        """Plan with what the node has left now (where there is no plan yet), load, and start the engine; the rest is
+        read behind its first steps.
 
         Raises:
             BudgetError, CheckpointError, ResourceNotAvailableError, ...: as the message says; nothing is held then.
             RayActorError: an actor is gone.
         """
-        began = time.monotonic()
-        config, manifest, model_id = description.configure(config), description.manifest, config.model.model_id
-        answer_of(actors.disk.open_model.remote(manifest), _CALL_TIMEOUT_S)
-        rates = actors.rates(config, manifest)
-        inventory = take_inventory(planned_paths(config, manifest.model_dir))
-        usable = _within(config, actors.host_bytes, manifest)
-        plan = plan_weights(manifest, inventory, rates, usable, kind=actors.kind, started="all")
-        for warning in plan.warnings:
-            logger.warning("plan: %s", warning)
-        model = cls(actors, transfers, description, model_id, config, rates, plan, began)
+        answer_of(actors.disk.open_model.remote(description.manifest), CALL_TIMEOUT_S)
+        plan = actors.plan(model_id, description) if plan is None else plan
+        model = cls(actors, transfers, model_id, description, plan)
         with ExitStack() as undo:
             undo.callback(model._free)
-            model._start()
+            model._start({})
             undo.pop_all()
         return model
 
-    def _start(self) -> None:
+    def wake(self, plan: WeightPlan | None = None) -> None:
+        """Load again what `sleep` has given up, from copies in the host pool as far as there are any.
+
+        Raises:
+            BudgetError, CheckpointError, ResourceNotAvailableError, ...: as `load`; nothing of the model is held then.
+        """
+        actors, manifest = self._actors, self.description.manifest
+        self.began = time.monotonic()
+        with ExitStack() as undo:
+            undo.callback(self._free)
+            answer_of(actors.disk.open_model.remote(manifest), CALL_TIMEOUT_S)
+            self.plan = actors.plan(self.model_id, self.description) if plan is None else plan
+            self.mover = self._new_mover()
+            kept = answer_of(actors.host.kept.remote(self.model_id), CALL_TIMEOUT_S)
+            self._start({name: grant for name, grant in kept.items() if self._suits(name, grant)})
+            undo.pop_all()
+
+    def _suits(self, name: str, copy: ArenaGrant) -> bool:
+        """Whether the copy of a parameter can be what the plan has of it."""
+        tier, plain = self.plan.tier_of[name], copy.nbytes == self.description.manifest.by_name[name].nbytes
+        if tier is Tier.HOST:
+            return plain and self.plan.schemes.of(name, tier).plain
+        return tier is Tier.DEVICE and (plain or self.plan.schemes.of(name, tier).form is not None)
+
+    def _start(self, kept: Mapping[str, ArenaGrant]) -> None:
         actors, plan, config, manifest = self._actors, self.plan, self._config, self.description.manifest
+        for warning in plan.warnings:
+            logger.warning("plan of %s: %s", self.model_id, warning)
+        self._unloading = False
         share = plan.devices[0]
-        windows = manifest.kv_windows
         shapes = [
-            GroupShape(share.kv_blocks, share.block_size * manifest.kv_group_token_bytes(window)) for window in windows
+            GroupShape(share.kv_blocks, share.block_size * manifest.kv_group_token_bytes(window))
+            for window in manifest.kv_windows
         ]
-        opening = actors.kv.open.remote(shapes, share.block_size)
-        grants: dict[str, ArenaGrant] = {}
-        copies: dict[str, TierCopy] = {}
-        for place in self._places.values():
-            names = [placement.name for placement in plan.placements if placement.tier is place.tier]
-            if names:
-                room = place.obtain(names)
-                grants |= room.grants
-                copies |= room.copies
+        opening = actors.kv.open.remote(self.model_id, shapes, share.block_size)
+        grants, copies = self._obtain()
         kv = KVCache.of(manifest, share.block_size, config.kv)
         lower = lower_shape(manifest, plan, config, kv)
         kv_grant = None
@@ -180,24 +173,26 @@ class LoadedModel:
             self.description.tokenizer,
             lower,
             kv_grant,
+            kept,
         )
-        tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
-        answer_of(opening, _CALL_TIMEOUT_S)
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self.description.tokenizer)  # while the device is busy
+        answer_of(opening, CALL_TIMEOUT_S)
         epoch = time.time_ns()
         for group, (shape, pool) in enumerate(zip(shapes, kv.pools, strict=True)):
             # Block 0 is the null block: it is never leased.
             leasing = actors.kv.lease.remote(self.model_id, epoch, shape.num_blocks - 1, group)
-            for extent in answer_of(leasing, _CALL_TIMEOUT_S):
+            for extent in answer_of(leasing, CALL_TIMEOUT_S):
                 pool.add_extent(extent.start, extent.count)
         answer_of(self._loading, _LOAD_TIMEOUT_S)
         if lower is not None:
-            kept = answer_of(actors.device.kept_kv.remote(), _CALL_TIMEOUT_S)
-            attach_lower(kv, lower, kept, plan, self.rates, config)
+            on_disk = answer_of(actors.device.kept_kv.remote(self.model_id), CALL_TIMEOUT_S)
+            attach_lower(kv, lower, on_disk, plan, self.rates, config)
         self._executor = RemoteExecutor(actors.device)
         self._engine = Engine(
             model_id=self.model_id,
             executor=self._executor,
-            tokenizer=tokenizer,
+            tokenizer=self._tokenizer,
             kv=kv,
             defaults=self.description.defaults,
             config=EngineConfig(
@@ -211,6 +206,7 @@ class LoadedModel:
             on_step=StepReporter(self.model_id, actors.kv, actors.disk, actors.ramdisk),
         )
         self._transfers.attach(self.mover)
+        self.awake = True
         logger.info(
             "%s takes requests after %.2f s: %.1f MiB resident, %.1f in the host pool, %.1f on the ramdisk, "
             "%.1f streamed per step, %d KV blocks",
@@ -223,9 +219,29 @@ class LoadedModel:
             share.kv_blocks,
         )
 
+    def _obtain(self) -> tuple[dict[str, ArenaGrant], dict[str, TierCopy]]:
+        """Room in the tiers outside of the device by the plan; copies in files from before are used where they suit."""
+        grants: dict[str, ArenaGrant] = {}
+        copies: dict[str, TierCopy] = {}
+        for tier, place in self._places.items():
+            names = [placement.name for placement in self.plan.placements if placement.tier is tier]
+            stored = self._stored.get(tier, {})
+            if stale := [name for name in stored if name not in names]:
+                place.give_back(stale)
+            copies |= {name: copy for name, copy in stored.items() if name in names}
+            if missing := [name for name in names if name not in stored]:
+                room = place.obtain(missing)
+                grants |= room.grants
+                copies |= room.copies
+        self._stored = {
+            tier: {name: copy for name, copy in copies.items() if self.plan.tier_of[name] is tier}
+            for tier in FILE_TIERS
+        }
+        return grants, copies
+
     def _reserve_kv(self, nbytes: int) -> ArenaGrant:
         """A range of the host pool, given back with those of the parameters."""
-        grants = answer_of(self._actors.host.reserve.remote(self.model_id, {_KV_OWNER: nbytes}), _CALL_TIMEOUT_S)
+        grants = answer_of(self._actors.host.reserve.remote(self.model_id, {_KV_OWNER: nbytes}), CALL_TIMEOUT_S)
         grant: ArenaGrant = grants[_KV_OWNER]
         return grant
 
@@ -235,16 +251,58 @@ class LoadedModel:
         What goes wrong ends the engine, whose requests get it as their error, and is raised.
         """
         try:
-            answer_of(self._actors.device.loaded.remote())
+            answer_of(self._actors.device.loaded.remote(self.model_id))
             return time.monotonic() - self.began
         except RayActorError as error:
             failure: Exception = EngineDeadError(f"the DeviceActor died: {cause_of(error)}")
         except Exception as error:
             failure = error
+        finally:
+            self._actors.host.unpin.remote(self.model_id)
         if not self._unloading:
             reason = failure.message if isinstance(failure, RaytierError) else repr(failure)
             self.engine.close(f"{self.model_id} could not be read: {reason}")
         raise failure from None
+
+    def sleep(self, cancel: threading.Event) -> None:
+        """Let requests end, or end them once `cancel` is set; then give up the device, and leave copies in the host
+        pool as far as there is room.
+
+        Raises:
+            EngineDeadError, ModelLoadingError, ...: it cannot be done; everything of the model is freed then.
+        """
+        began = time.monotonic()
+        actors, model_id = self._actors, self.model_id
+        with ExitStack() as undo:
+            undo.callback(self._free)
+            self.wait_loaded()
+            self._end_engine(cancel, f"{model_id} was put to sleep")
+            self._transfers.settle(model_id)
+            sizes: dict[str, int] = answer_of(actors.device.keepable.remote(model_id), CALL_TIMEOUT_S)
+            known = answer_of(actors.host.kept.remote(model_id), CALL_TIMEOUT_S)
+            on_host = {
+                p.name: p.nbytes
+                for p in self.description.manifest.parameters
+                if self.mover.tier_of[p.name] is Tier.HOST and self.plan.schemes.of(p.name, Tier.HOST).plain
+            }
+            keeping = actors.host.keep.remote(model_id, on_host | sizes)
+            grants: dict[str, ArenaGrant] = answer_of(keeping, CALL_TIMEOUT_S)
+            # What it holds in another form there is made anew.
+            held = [name for name, tier in self.mover.tier_of.items() if tier is Tier.HOST and name not in on_host]
+            self._places[Tier.HOST].give_back(held)
+            new = {name: grant for name, grant in grants.items() if name in sizes and name not in known}
+            answer_of(actors.device.sleep.remote(model_id, new), _LOAD_TIMEOUT_S)
+            self._places[Tier.HOST].give_back([_KV_OWNER])
+            answer_of(actors.host.unpin.remote(model_id), CALL_TIMEOUT_S)
+            answer_of(actors.kv.close.remote(model_id), CALL_TIMEOUT_S)
+            undo.pop_all()
+        kept = sum(grant.nbytes for grant in grants.values())
+        logger.info(
+            "%s sleeps after %.2f s: %.1f MiB of it are kept in the host pool",
+            model_id,
+            time.monotonic() - began,
+            kept / MIB,
+        )
 
     def unload(self, cancel: threading.Event) -> None:
         """Let requests end, or end them once `cancel` is set; then free everything that the model has.
@@ -252,16 +310,27 @@ class LoadedModel:
         Raises:
             EngineDeadError: an actor is gone, so what it held went with it.
         """
-        self._unloading = True
-        while self._busy() and not cancel.wait(_DRAIN_S):
-            pass
-        self.engine.close(f"{self.model_id} was unloaded")
+        self._end_engine(cancel, f"{self.model_id} was unloaded")
         gone = self._free()
         if gone:
             raise EngineDeadError(f"while {self.model_id} was unloaded: {'; '.join(gone)}")
 
+    def _end_engine(self, cancel: threading.Event, why: str) -> None:
+        self._unloading = True
+        while self._busy() and not cancel.wait(_DRAIN_S):
+            pass
+        self._transfers.detach(self.model_id, why)
+        if self._engine is not None:
+            self._engine.close(why)
+        if self._executor is not None:
+            self._executor.close()
+        self._engine = self._executor = None
+        self.awake = False
+
     def _busy(self) -> bool:
-        stats = self.engine.stats()
+        if self._engine is None:
+            return False
+        stats = self._engine.stats()
         return stats.dead is None and bool(stats.running or stats.waiting)
 
     def _free(self) -> list[str]:
@@ -277,14 +346,16 @@ class LoadedModel:
                 logger.exception("part of %s was not freed", self.model_id)
                 failures.append(str(error))
 
-        self._transfers.detach(self.model_id, f"{self.model_id} was unloaded")
-        if self._executor is not None:
-            self._executor.close()
+        at_once = threading.Event()
+        at_once.set()
+        self._end_engine(at_once, f"{self.model_id} was unloaded")
         attempt(self._unload_device)
         self._transfers.settle(self.model_id)  # a move that ran has given back what it had obtained
         for place in self._places.values():
             attempt(place.give_back)
-        attempt(lambda: answer_of(self._actors.kv.close.remote(), _CALL_TIMEOUT_S))
+        self._stored = {}
+        attempt(lambda: answer_of(self._actors.host.unpin.remote(self.model_id), CALL_TIMEOUT_S))
+        attempt(lambda: answer_of(self._actors.kv.close.remote(self.model_id), CALL_TIMEOUT_S))
         return failures
 
     def _unload_device(self) -> None:
@@ -297,7 +368,7 @@ class LoadedModel:
             raise
         except Exception:
             return  # it failed, and left nothing
-        answer_of(self._actors.device.unload.remote(self.model_id), _CALL_TIMEOUT_S)
+        answer_of(self._actors.device.unload.remote(self.model_id), CALL_TIMEOUT_S)
 
 
 def _places(
@@ -312,11 +383,3 @@ def _places(
         in_place, nvme = not config.tiers.nvme.paths, schemes.by_tier.get(Tier.NVME, {})
         places[Tier.NVME] = FilePlace(Tier.NVME, actors.disk, model_id, manifest, nvme, in_place=in_place)
     return places
-
-
-def _within(config: AppConfig, host_bytes: int, manifest: ModelManifest) -> AppConfig:
-    """`config` with no more host memory than the pool has, every parameter's range being rounded up to whole blocks."""
-    usable = max(0, host_bytes - ALIGNMENT * len(manifest.parameters)) / MIB
-    configured = config.tiers.host.max_mb
-    host = config.tiers.host.model_copy(update={"max_mb": usable if configured is None else min(usable, configured)})
-    return config.model_copy(update={"tiers": config.tiers.model_copy(update={"host": host})})

@@ -15,12 +15,21 @@ from ray._private.state import available_resources_per_node  # a DeveloperAPI; w
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import AppConfig
 from raytier.errors import ResourceNotAvailableError
-from raytier.hardware.inventory import take_inventory
+from raytier.hardware.inventory import NodeInventory, take_inventory
 from raytier.hardware.rates import RateKey, default_rates, load_rates
-from raytier.planner.budgets import disk_directories, planned_paths, ramdisk_directory, resolve_kind
+from raytier.planner.budgets import (
+    DeviceKind,
+    disk_directories,
+    node_budgets,
+    planned_paths,
+    ramdisk_directory,
+    resolve_kind,
+)
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan
-from raytier.planner.resources import check_cluster, plan_resources
+from raytier.planner.resources import check_cluster, node_resources
+from raytier.sources.loader import Loaders
+from raytier.sources.registry import Registry
 
 #: What was just given back shows as free a moment later.
 _SETTLE_S = 3.0
@@ -28,25 +37,39 @@ _SETTLE_S = 3.0
 
 def prepare(
     config: AppConfig, reclaimable: Mapping[str, Mapping[str, float]] | None = None
-) -> tuple[ModelDescription, ResourcePlan]:
-    """Describe the model, check that it can be planned on this node and that the cluster has the bundles free.
+) -> tuple[ModelDescription | None, ResourcePlan]:
+    """Describe the startup model, check that it can be planned on this node and that the cluster has the bundles free.
 
-    The actors plan again with what their node then has; what cannot work is refused here, within seconds.
+    The actors plan again with what their node then has; what cannot work is refused here, within seconds. Other models
+    are planned when they are loaded, inside the node's budgets; of these it is checked that a loader takes them. A
+    startup model whose files have to be fetched is planned when they are here.
 
     Args:
         reclaimable: node id -> resources that are in use now and will be free by the time the bundles are placed.
 
+    Returns:
+        The description of the startup model; None where there is none, or it has to be fetched.
+
     Raises:
-        CheckpointError, UnsupportedModelError, BudgetError, ResourceNotAvailableError.
+        ConfigurationError, CheckpointError, UnsupportedModelError, BudgetError, ResourceNotAvailableError.
     """
-    directory = config.model.directory()
+    registry, loaders = Registry.of(config), Loaders(config)
+    found = {entry.model_id: loaders.of(entry) for entry in registry.entries}
+    # The only model is as good as named: what is wrong with it is better known now than when it is loaded.
+    named = registry.startup or (registry.ids[0] if len(found) == 1 else None)
+    directory = None if named is None else found[named].find(registry.get(named))
     # Before torch is imported: this process ends soon, and what it takes until then is there for the actors.
     inventory = take_inventory(planned_paths(config, directory))
+    kind = resolve_kind(inventory, config)
+    if named is None or directory is None:
+        resources = node_resources(inventory, kind, _host_bytes(inventory, config, kind))
+        _check_cluster(resources, reclaimable or {})
+        return None, resources
     from raytier.checkpoint.describe import describe_model
 
-    description = describe_model(directory)
+    entry = registry.get(named)
+    description = describe_model(directory, entry.model_format, entry.tokenizer_path)
     manifest = description.manifest
-    kind = resolve_kind(inventory, config)
     largest = max(manifest.files, key=lambda file: file.size).path
     threads = config.compute.resolve_threads(inventory.cpus)
     nvme_paths, ramdisk = disk_directories(config), ramdisk_directory(config)
@@ -59,9 +82,18 @@ def prepare(
         kind=kind,
         started="ray",
     )
-    resources = plan_resources(plan, inventory)
+    others = _host_bytes(inventory, config, kind) if len(found) > 1 else 0
+    resources = node_resources(inventory, kind, max(plan.host_bytes, others), plan.devices[0].index)
     _check_cluster(resources, reclaimable or {})
     return description, resources
+
+
+def _host_bytes(inventory: NodeInventory, config: AppConfig, kind: DeviceKind) -> int:
+    """Memory of the host pool for models that are not planned yet: what the configuration names, else none, since by
+    itself the pool would take nearly all that the node has."""
+    if config.tiers.host.max_mb is None:
+        return 0
+    return node_budgets(inventory, config, kind, started="ray").host_bytes
 
 
 def _check_cluster(resources: ResourcePlan, reclaimable: Mapping[str, Mapping[str, float]]) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -42,19 +42,28 @@ from raytier.checkpoint.manifest import (
     SourceFile,
 )
 from raytier.checkpoint.probe import probe
-from raytier.checkpoint.safetensors_index import CheckpointIndex, read_index
+from raytier.checkpoint.safetensors_index import CheckpointIndex, has_weights, read_index
+from raytier.checkpoint.sample import sample_ratios
 from raytier.checkpoint.stored import some, stored_by_name
 from raytier.checkpoint.tokenizer import describe_tokenizer
+from raytier.checkpoint.torch_index import read_torch_index
 from raytier.errors import CheckpointError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
 _COMPARE_BYTES = 8 * 2**20
 
 
-def describe_model(model_dir: str) -> ModelDescription:
-    """Everything needed to plan for and to talk to the model in `model_dir`. Reads headers, not weights.
+def describe_model(
+    model_dir: str, model_format: str = "safetensors", tokenizer_path: str | None = None
+) -> ModelDescription:
+    """Everything needed to plan for and to talk to the model in `model_dir`. Reads headers and a sample
+    of weights.
 
-    (One exception: where the config ties two parameters and the checkpoint stores both, they are compared.)
+    Where the config ties two parameters and the checkpoint stores both, they are compared.
+
+    Args:
+        model_format: safetensors, or transformers_pt: PyTorch's .bin files where there are no safetensors.
+        tokenizer_path: directory of the tokenizer, where it is not the model's own.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not hold what the model needs.
@@ -64,12 +73,12 @@ def describe_model(model_dir: str) -> ModelDescription:
     root = os.path.abspath(model_dir)
     config = load_config(root)
     wishes = read_metadata(root)
-    index = read_index(root)
+    index = read_torch_index(root) if model_format == "transformers_pt" and not has_weights(root) else read_index(root)
     manifest = _manifest(root, config, wishes.max_context, index)
     class_eos = getattr(text_config(config), "eos_token_id", None)
     return ModelDescription(
-        manifest=manifest,
-        tokenizer=describe_tokenizer(root, class_eos),
+        manifest=replace(manifest, ratios=sample_ratios(manifest.parameters, manifest.files)),
+        tokenizer=describe_tokenizer(root if tokenizer_path is None else tokenizer_path, class_eos),
         defaults=read_generation_defaults(root, class_eos),
         max_num_seqs=wishes.max_num_seqs,
         kv_block_size=wishes.kv_block_size,

@@ -5,7 +5,7 @@ Pure data: no torch, no transformers, picklable between processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from raytier.codecs.codec import Codec, Frames
+from raytier.codecs.codec import Codec, Frames, frame_step
 from raytier.codecs.forms import Form
 from raytier.config import AppConfig
 
@@ -22,6 +22,11 @@ Section = TypeVar("Section", bound=BaseModel)
 
 #: Bytes per element of the dtypes raytier computes in or stores (torch's names without the prefix).
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+#: Of a table: bytes in the checkpoint of a piece that is encoded, and used, by itself, and how many there are at least.
+_PIECE_BYTES = 16 << 20
+_LEAST_PIECES = 8
 
 
 class Role(StrEnum):
@@ -60,12 +65,14 @@ class Stored:
     Attributes:
         form: None: as in the checkpoint.
         frames: of the form's bytes, coded by `codec`.
+        piece_rows: rows that are encoded together, as one of `frames.pieces`; 0: all of them.
     """
 
     form: Form | None
     codec: Codec
     frames: Frames
     extents: tuple[Extent, ...]
+    piece_rows: int = 0
 
     def __post_init__(self) -> None:
         if sum(extent.nbytes for extent in self.extents) != self.frames.coded_nbytes:
@@ -148,6 +155,22 @@ class Parameter:
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def table(self) -> bool:
+        """Whether parts of its rows are used by themselves."""
+        return self.role in (Role.EMBEDDING, Role.HEAD)
+
+    def step(self, nbytes: int) -> int:
+        """Bytes in each part but the last of the parameter's `nbytes` in some form, as they are coded and checked."""
+        return frame_step(nbytes, self.shape[0] if self.shape else 1, table=self.table)
+
+    def piece_rows(self, form: Form | None) -> int:
+        """Rows that files of a tier hold as one piece in this form, which is not made of rows; 0: all of them."""
+        if not self.table or form is None or form.dtype is not None:
+            return 0
+        wanted = min(_PIECE_BYTES, self.nbytes // _LEAST_PIECES) * self.shape[0] // self.nbytes
+        return min(self.shape[0], max(16, wanted // 16 * 16))
+
 
 @dataclass(frozen=True, slots=True)
 class KVLayerSpec:
@@ -188,6 +211,7 @@ class ModelManifest:
         embedding: name of the input embedding parameter.
         head: name of the parameter used as output projection (equal to `embedding` when tied).
         experts: the layers' routed experts, none for a dense model.
+        ratios: codec -> dtype -> coded over plain bytes of a sample of the parameters.
     """
 
     model_dir: str
@@ -204,6 +228,7 @@ class ModelManifest:
     embedding: str
     head: str
     experts: tuple[ExpertBank, ...] = ()
+    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self._kv_owners) <= set(range(self.num_layers)):
@@ -232,16 +257,6 @@ class ModelManifest:
         """Bytes of keys and values of one token over all layers in `compute_dtype`."""
         return sum(layer.token_bytes(self.compute_dtype) for layer in self.kv_layers)
 
-    @property
-    def kv_windows(self) -> tuple[int | None, ...]:
-        """Of the KV cache groups; see the function of this name."""
-        return kv_windows(self.kv_layers)
-
-    def kv_group_token_bytes(self, window: int | None) -> int:
-        """Bytes of keys and values of one token over the layers of a KV cache group."""
-        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
-        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
-
     def computed_dtype(self, parameter: Parameter) -> str:
         """The dtype that `parameter` is computed in."""
         return parameter.own_dtype or self.compute_dtype
@@ -254,8 +269,32 @@ class ModelManifest:
         """KV caches of a decoder layer: one per attention call that it makes."""
         return tuple(kv for kv, owner in zip(self.kv_layers, self._kv_owners, strict=True) if owner == layer)
 
+    @property
+    def kv_windows(self) -> tuple[int | None, ...]:
+        """Of the KV cache groups; see the function of this name."""
+        return kv_windows(self.kv_layers)
+
+    def kv_group_token_bytes(self, window: int | None) -> int:
+        """Bytes of keys and values of one token over the layers of a KV cache group."""
+        layers = (layer for layer in self.kv_layers if layer.sliding_window == window)
+        return sum(layer.token_bytes(self.compute_dtype) for layer in layers)
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest dimension of a matrix in a layer."""
+        shapes = {p.shape for p in self.parameters if p.role is Role.LAYER and len(p.shape) > 1}
+        return max((max(shape[-2:]) for shape in shapes), default=0)
+
+    @cached_property
+    def _by_layer(self) -> tuple[tuple[Parameter, ...], ...]:
+        found: list[list[Parameter]] = [[] for _ in range(self.num_layers)]
+        for p in self.parameters:
+            if p.layer is not None:
+                found[p.layer].append(p)
+        return tuple(map(tuple, found))
+
     def layer_parameters(self, layer: int) -> tuple[Parameter, ...]:
-        return tuple(p for p in self.parameters if p.layer == layer)
+        return self._by_layer[layer]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO
@@ -86,19 +87,38 @@ def read_index(model_dir: str) -> CheckpointIndex:
     root = os.path.abspath(model_dir)
     if not os.path.isdir(root):
         raise CheckpointError(f"{root}: no such directory; give the directory that holds config.json")
-    expected: dict[str, str] = {}
-    if os.path.exists(os.path.join(root, SINGLE_FILE)):
-        shards = [SINGLE_FILE]
-    elif os.path.exists(os.path.join(root, INDEX_FILE)):
-        shards, expected = _read_shard_index(root)
-    else:
+    if not has_weights(root):
         raise CheckpointError(_nothing_to_read(root))
+    return collect(root, SINGLE_FILE, INDEX_FILE, _read_file)
+
+
+def has_weights(model_dir: str) -> bool:
+    """Whether there is a safetensors checkpoint, complete or not."""
+    return any(os.path.exists(os.path.join(model_dir, name)) for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def collect(
+    root: str, single: str, index: str, read_file: Callable[[str, int], tuple[dict[str, TensorEntry], int]]
+) -> CheckpointIndex:
+    """The tensors of `single`, or of the shards that `index` names, one of which exists.
+
+    Args:
+        read_file: (path, number of the file) -> its tensors and its size in bytes.
+
+    Raises:
+        CheckpointError: as `read_index`.
+    """
+    expected: dict[str, str] = {}
+    if os.path.exists(os.path.join(root, single)):
+        shards = [single]
+    else:
+        shards, expected = _read_shard_index(root, index)
 
     files: list[SourceFile] = []
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         path = os.path.join(root, shard)
-        entries, size = _read_file(path, len(files))
+        entries, size = read_file(path, len(files))
         files.append(SourceFile(path, size))
         for name, entry in entries.items():
             if name in tensors:
@@ -110,7 +130,7 @@ def read_index(model_dir: str) -> CheckpointIndex:
         if found is None or files[found.file].path != os.path.join(root, shard):
             where = "is in no shard" if found is None else f"is in {os.path.basename(files[found.file].path)}"
             raise CheckpointError(
-                f"{os.path.join(root, INDEX_FILE)}: says that {name!r} is in {shard}, but it {where}; "
+                f"{os.path.join(root, index)}: says that {name!r} is in {shard}, but it {where}; "
                 "the index and the shards belong to different checkpoints: copy them again"
             )
     return CheckpointIndex(tensors, tuple(files))
@@ -150,9 +170,9 @@ def _parse_object(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _read_shard_index(root: str) -> tuple[list[str], dict[str, str]]:
+def _read_shard_index(root: str, index: str) -> tuple[list[str], dict[str, str]]:
     """Shards in sorted order, and the tensor -> shard map of the index file."""
-    path = os.path.join(root, INDEX_FILE)
+    path = os.path.join(root, index)
     weight_map = load_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no `weight_map` object that names a shard for every tensor")
@@ -181,9 +201,7 @@ def _stays_inside(shard: str) -> bool:
 def _read_file(path: str, file: int) -> tuple[dict[str, TensorEntry], int]:
     """Tensors of one file and its size in bytes; `file` is its index in the checkpoint."""
     try:
-        # A FIFO or a device would block or never end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
+        check_regular(path)
         with open(path, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             header, header_bytes = _read_header(handle, path, size)
@@ -205,6 +223,12 @@ def _read_file(path: str, file: int) -> tuple[dict[str, TensorEntry], int]:
         kind = "truncated" if size < end else "longer than its header says"
         raise CheckpointError(f"{path}: {kind}: {end} bytes expected, {size} found; download the file again")
     return entries, size
+
+
+def check_regular(path: str) -> None:
+    """Refuse what would block or never end: a FIFO, a device. Raises CheckpointError, OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
 
 
 def _read_header(handle: BinaryIO, path: str, size: int) -> tuple[dict[str, Any], int]:
@@ -252,9 +276,18 @@ def _nothing_to_read(root: str) -> str:
     names = sorted(os.listdir(root))
     wanted = f"{SINGLE_FILE} or {INDEX_FILE}"
     loose = [n for n in names if n.endswith(".safetensors")]
+    torch = [n for n in names if n.startswith("pytorch_model") and n.endswith((".bin", ".bin.index.json"))]
     other = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".gguf", ".onnx", ".ckpt", ".msgpack", ".h5"))]
     if loose:
         return f"{root}: {wanted} is needed, found only {', '.join(loose[:5])}; the index file is missing"
+    if torch:
+        found = ", ".join(torch[:5])
+        return f"{root}: {wanted} is needed, found {found}; to read those, set model_format: transformers_pt"
+    if any(n.endswith((".gguf", ".onnx")) for n in other):
+        return (
+            f"{root}: GGUF and ONNX files are not read, found {', '.join(other[:5])}; nearest supported: the "
+            "checkpoint that they were made from, with safetensors"
+        )
     if other:
         return (
             f"{root}: {wanted} is needed, found only {', '.join(other[:5])}; raytier reads safetensors: "

@@ -111,7 +111,7 @@ def run_bench(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Loading", total=len(batches) + 2)
         sections = config.model_dump(exclude={"models", "startup_model"})
-        with LLM(config.model.source_path, **sections) as llm:
+        with LLM(config.models[0].source_path, **sections) as llm:
             bar.update(task, advance=1, description="First token")
             first = measure_first_token(llm, min(PROMPT_TOKENS, llm.manifest.max_context - 1))
             windows = []

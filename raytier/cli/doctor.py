@@ -23,6 +23,8 @@ from raytier.hardware.inventory import Disk, nearest_existing, take_inventory
 from raytier.hardware.machine import Machine
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import planned_paths, resolve_kind
+from raytier.sources.local import local_directory
+from raytier.sources.registry import Registry
 
 
 def doctor(
@@ -66,7 +68,8 @@ def _places(directories: list[Path], file: Path | None) -> tuple[AppConfig, tupl
         model_dir = ""
     else:
         config = read_config(file)
-        model_dir = config.model.directory()
+        local = [entry for entry in Registry.of(config).entries if entry.source_type == "local"]
+        model_dir = local_directory(local[0]) if local else ""
     named = [os.path.abspath(path) for path in directories]
     for path in named:
         if not os.path.isdir(path):
@@ -92,6 +95,7 @@ def _rates_table(rates: Rates) -> Table:
     row("disk write", rates.disk_write_bytes_per_s)
     row("ramdisk read", rates.ramdisk_read_bytes_per_s)
     row("memory copy", rates.memory_copy_bytes_per_s)
+    row("decoding (zstd-planes)", rates.decode_bytes_per_s)
     row("host to GPU", rates.host_to_device_bytes_per_s)
     row("GPU to host", rates.device_to_host_bytes_per_s)
     packed = dict(rates.packed_matrix_bytes_per_s or ())

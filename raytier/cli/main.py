@@ -10,6 +10,7 @@ import typer
 from raytier.cli.bench import bench
 from raytier.cli.doctor import doctor
 from raytier.cli.plan import plan
+from raytier.cli.store import store
 from raytier.cli.transfer import transfer
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.command()(plan)
 app.command()(doctor)
 app.command()(bench)
 app.command()(transfer)
+app.add_typer(store, name="store")
 
 
 def _show_version(wanted: bool) -> None:

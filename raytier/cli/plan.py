@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,15 +21,16 @@ from raytier.errors import ConfigurationError, RaytierError
 from raytier.hardware.inventory import take_inventory
 from raytier.hardware.machine import Machine
 from raytier.hardware.rates import default_rates
+from raytier.model_entry import BUILTIN_DEMO, ModelEntry
 from raytier.planner.budgets import Budgets, DeviceKind, node_budgets, planned_paths, resolve_kind
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import ResourcePlan, TierSchemes, WeightPlan
 from raytier.planner.resources import plan_resources
+from raytier.sources.loader import Loaders
+from raytier.sources.registry import Registry
 
 if TYPE_CHECKING:
     from raytier.checkpoint.manifest import ModelManifest
-
-_DEMO = "builtin:demo"
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,14 @@ def _plan(
     measure: bool,
 ) -> Planned:
     config = model_config(model, config_file, device_mb, host_mb)
-    directory = config.model.directory()
-    if not os.path.isdir(directory):
-        raise ConfigurationError(f"{directory} is not a directory: give a model directory or {_DEMO}")
+    entry = config.models[0]
+    directory = Loaders(config).find(entry)
+    if directory is None:
+        raise ConfigurationError(
+            f"{model}: its files are not here yet: load it once on a server, or give a directory with its config.json"
+        )
     with console.status(f"Describing {escape(model)}"):
-        manifest, config = _describe(directory, config)
+        manifest, config = _describe(directory, entry, config)
     if machine_file is not None:
         machine = Machine.from_json(_read(machine_file))
         kind = resolve_kind(machine.inventory, config)
@@ -103,18 +108,34 @@ def _plan(
 
 
 def model_config(model: str, file: Path | None, device_mb: float | None, host_mb: float | None) -> AppConfig:
-    """The file's configuration (or the defaults) for `model`, with the command line's caps."""
+    """The file's configuration (or the defaults) for `model`, with the command line's caps.
+
+    Args:
+        model: id of a model of the file, a directory, or the id of a Hugging Face model.
+    """
     args: dict[str, Any] = _application_args(file) if file is not None else {}
-    named = [m for m in args.get("models") or [] if isinstance(m, dict) and m.get("model_id") == model]
-    path = model if model == _DEMO else os.path.abspath(model)
-    args["models"] = named or [{"model_id": os.path.basename(path.rstrip("/")) or "model", "source_path": path}]
+    known = Registry.of(parse_config(args)).entries if args.get("models") or args.get("registry") else ()
+    named = [entry for entry in known if entry.model_id == model]
+    args["models"] = [named[0].model_dump(exclude_unset=True)] if named else [_unnamed(model)]
     args.pop("startup_model", None)
+    args.pop("registry", None)
     for tier, megabytes in (("device", device_mb), ("host", host_mb)):
         if megabytes is not None:
             tiers = dict(args.get("tiers") or {})
             tiers[tier] = {**(tiers.get(tier) or {}), "max_mb": megabytes}
             args["tiers"] = tiers
     return parse_config(args)
+
+
+def _unnamed(model: str) -> dict[str, str]:
+    """An entry for a model that no configuration names."""
+    path = model if model == BUILTIN_DEMO else os.path.abspath(model)
+    model_id = os.path.basename(path.rstrip("/")) or "model"
+    if model != BUILTIN_DEMO and not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        source = {"source_type": "huggingface", "source_path": model}
+    else:
+        source = {"source_type": "local", "source_path": path}
+    return {"model_id": model_id, "model_format": "transformers_pt", **source}
 
 
 def read_config(file: Path) -> AppConfig:
@@ -144,13 +165,13 @@ def _read(file: Path) -> str:
         raise ConfigurationError(f"{file} cannot be read: {error}") from None
 
 
-def _describe(directory: str, config: AppConfig) -> tuple[ModelManifest, AppConfig]:
+def _describe(directory: str, entry: ModelEntry, config: AppConfig) -> tuple[ModelManifest, AppConfig]:
     """Manifest, and the configuration with the model's own wishes. Imports torch and transformers."""
     from raytier.checkpoint.describe import describe_config, describe_model
 
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
     if any(name.endswith(weights) for name in os.listdir(directory)):
-        description = describe_model(directory)
+        description = describe_model(directory, entry.model_format, entry.tokenizer_path)
         return description.manifest, description.configure(config)
     return describe_config(directory), config
 

@@ -6,8 +6,10 @@ has its own checksum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
@@ -22,8 +24,18 @@ CodecName = Literal["none", "zstd", "zstd-planes"]
 
 #: Decoded bytes of a frame, if its rows are not longer.
 FRAME_BYTES = 1 << 20
+#: Coded bytes of one request, if a single frame has no more.
+CODED_REQUEST = 4 << 20
+#: What codecs make of a byte of weights where no sample of them has been coded: of the elements of plain forms. What
+#: else there is does not shrink.
+RATIOS: Mapping[str, Mapping[str, float]] = {
+    "zstd-planes": {"bfloat16": 0.68, "float16": 0.86, "float32": 0.84},
+    "zstd": {"bfloat16": 0.79, "float16": 0.93, "float32": 0.93},
+}
+#: A table of rows (embedding, output head) has at least so many frames: it is used by parts of its rows.
+_TABLE_PARTS = 64
 #: Part of every scheme on disk: files of another version are made anew.
-CODEC_VERSION = 1
+CODEC_VERSION = 2
 #: A plane of noise with a skewed distribution has nothing to find for LZ matching: hardly any memory of what was seen
 #: makes it smaller and faster than every level of zstd does (0.663 of bf16 instead of 0.679, and 1.4x the decode rate).
 _PLANE = zstandard.ZstdCompressionParameters(
@@ -61,6 +73,7 @@ class Frames:
     """The frames of `nbytes` decoded bytes, in order: `step` decoded bytes in each but the last.
 
     Attributes:
+        pieces: decoded bytes of each piece, where there are several: the last frame of each is shorter.
         sizes: coded bytes of each.
         checksums: xxh3 (64 bits) of the coded bytes of each.
     """
@@ -69,9 +82,12 @@ class Frames:
     step: int
     sizes: tuple[int, ...]
     checksums: tuple[int, ...]
+    pieces: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        count = -(-self.nbytes // self.step) if self.step > 0 else -1
+        if self.pieces and sum(self.pieces) != self.nbytes:
+            raise ValueError(f"pieces of {self.pieces} bytes do not make {self.nbytes}")
+        count = sum(-(-piece // self.step) for piece in self._pieces()) if self.step > 0 else -1
         if not count == len(self.sizes) == len(self.checksums):
             raise ValueError(f"{len(self.sizes)} sizes, {len(self.checksums)} checksums for {count} frames")
 
@@ -79,23 +95,42 @@ class Frames:
     def coded_nbytes(self) -> int:
         return sum(self.sizes)
 
-    def decoded(self, index: int) -> int:
-        """Decoded bytes of a frame."""
-        return min(self.step, self.nbytes - index * self.step)
+    def _pieces(self) -> tuple[int, ...]:
+        return self.pieces or (self.nbytes,)
+
+    def starts(self) -> tuple[int, ...]:
+        """Where each begins in the decoded bytes, and the end of the last."""
+        return _starts(self._pieces(), self.step)
 
     def overlapping(self, start: int, stop: int) -> range:
         """Frames that hold decoded bytes [start, stop)."""
-        return range(start // self.step, -(-stop // self.step)) if start < stop else range(0)
+        starts = self.starts()
+        return range(bisect_right(starts, start) - 1, bisect_left(starts, stop)) if start < stop else range(0)
 
     def offsets(self) -> list[int]:
         """Where each begins in the coded bytes, and the end of the last."""
         return [0, *accumulate(self.sizes)]
 
 
-def frame_step(nbytes: int, rows: int) -> int:
-    """Decoded bytes of a frame of something with `rows` equal rows: whole rows, if these are short enough."""
+@lru_cache(maxsize=4096)
+def _starts(pieces: tuple[int, ...], step: int) -> tuple[int, ...]:
+    starts: list[int] = []
+    begin = 0
+    for piece in pieces:
+        starts += range(begin, begin + piece, step)
+        begin += piece
+    return (*starts, begin)
+
+
+def frame_step(nbytes: int, rows: int, *, table: bool = False) -> int:
+    """Decoded bytes of a frame of something with `rows` equal rows: whole rows, if these are short enough.
+
+    Args:
+        table: parts of its rows are used by themselves.
+    """
     row = nbytes // rows if rows and nbytes % rows == 0 else 0
-    return FRAME_BYTES // row * row if 0 < row <= FRAME_BYTES else FRAME_BYTES
+    most = min(FRAME_BYTES, max(row, nbytes // _TABLE_PARTS)) if table else FRAME_BYTES
+    return most // row * row if 0 < row <= most else FRAME_BYTES
 
 
 def frame_ranges(nbytes: int, step: int) -> Iterator[tuple[int, int]]:

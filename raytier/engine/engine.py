@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from typing import TypeVar
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
@@ -23,13 +24,14 @@ from raytier.engine.scheduler import Scheduler, SchedulerLimits
 from raytier.engine.sequence import FinishReason
 from raytier.engine.statistics import Statistics, sequence_use
 from raytier.engine.step import StepBatch, StepExecutor, StepResult, StepStats, TokenLogprobs
-from raytier.engine.streams import Mailboxes, StreamReader
+from raytier.engine.streams import Mailboxes, StreamReader, put_at
 from raytier.engine.tokenizer import Tokenizer
-from raytier.errors import EngineDeadError, GenerationError, InvalidRequestError, QueueFullError, RaytierError
+from raytier.errors import EngineDeadError, GenerationError, InvalidRequestError, QueueFullError, reason_of
 from raytier.kv.cache import KVCache
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 CLOSED, NO_TIME = "it was closed", LoopTimes()
 
 
@@ -99,6 +101,7 @@ class Engine:
         self._mailboxes = Mailboxes()
         self._ids = itertools.count(1)
         self._dead: str | None = None
+        self.failure: BaseException | None = None  # what a step raised
         self._error: str | None = None
         self._closing = False
         self._statistics = Statistics()
@@ -107,7 +110,6 @@ class Engine:
         self._thread.start()
 
     # ---- callers' side: any thread -------------------------------------------------------------
-
     def observe(self, on_step: Callable[[StepReport], None]) -> None:
         """Have `on_step` called on the engine's thread after every step from now on; it must not block."""
         with self._changed:
@@ -244,7 +246,7 @@ class Engine:
                 position = len(request_ids)
                 if position < len(prompts):
                     try:
-                        sink = partial(_put, arrived, position)
+                        sink = partial(put_at, arrived, position)
                         request_ids.append(self.submit(prompts[position], each[position], sink))
                         running += 1
                         continue
@@ -262,14 +264,18 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            queue = self._scheduler
-            load = queue.num_running, queue.num_waiting, queue.num_preemptions, queue.num_restarts
+            load = (each := self._scheduler).num_running, each.num_waiting, each.num_preemptions, each.num_restarts
             return self._statistics.snapshot(*load, self.kv, self._dead)
 
     def kv_sequences(self) -> list[SequenceUse]:
         """The running sequences and their blocks."""
         with self._changed:
             return [sequence_use(*each, self.kv) for each in self._by_sequence.values() if each[1].sequence.kv.tables]
+
+    def with_kv(self, use: Callable[[KVCache], _T]) -> _T:
+        """What `use` returns of the blocks, no step being booked meanwhile; it must be quick."""
+        with self._changed:
+            return use(self.kv)
 
     @property
     def dead(self) -> str | None:
@@ -301,7 +307,8 @@ class Engine:
             keep_kv(self.kv, self._scheduler, self._executor)
         except BaseException as error:
             logger.exception("engine of %s died", self.model_id)
-            self._end_all(FinishReason.ERROR, _reason(error))
+            self.failure = error
+            self._end_all(FinishReason.ERROR, reason_of(error))
 
     def _next_batch(self) -> StepBatch | None:
         """The next step, waiting for work; None when the engine closes."""
@@ -334,7 +341,7 @@ class Engine:
         with self._changed:
             if not self._idle():
                 return
-            self._scheduler.check_integrity()
+            self._scheduler.check_idle()
         self._report(None)
         with self._changed:
             self._changed.wait_for(lambda: not self._idle())
@@ -440,11 +447,3 @@ class Engine:
     def _check_alive(self) -> None:
         if self._dead is not None or self._closing:
             raise EngineDeadError(f"the engine of {self.model_id} does not run: {self._dead or self._error or CLOSED}")
-
-
-def _put(arrived: SimpleQueue[tuple[int, OutputDelta]], position: int, delta: OutputDelta) -> None:
-    arrived.put((position, delta))
-
-
-def _reason(error: BaseException) -> str:
-    return error.message if isinstance(error, RaytierError) else f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ request; at least its last token is always computed.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 from itertools import pairwise
@@ -109,6 +110,7 @@ class Scheduler:
         self._stepping = False  # between `schedule` and `apply`
         self._sent: set[int] = set()  # sequences that the executor knows
         self._ended: list[int] = []  # what it knows and may forget
+        self._next_check = 0.0
         self._copies: list[BlockCopy] = []  # of the step that is being made
         self.num_preemptions = 0
         self.num_restarts = 0  # sequences whose KV could not be loaded
@@ -298,6 +300,13 @@ class Scheduler:
     def take_delta(self) -> LedgerDelta:
         """What changed in the block tables since the last call."""
         return self._kv.take_delta()
+
+    def check_idle(self) -> None:
+        """`check_integrity`, unless that would take more than a hundredth of the time: it goes through all blocks."""
+        began = time.monotonic()
+        if began >= self._next_check:
+            self.check_integrity()
+            self._next_check = began + 100 * (time.monotonic() - began)
 
     def check_integrity(self) -> None:
         """Assert the invariants, between steps.

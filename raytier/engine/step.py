@@ -158,6 +158,8 @@ class StepStats:
         bytes_read_ramdisk: of these, what came from the ramdisk.
         bytes_decoded: bytes into which part of that was decoded.
         reads, reads_ramdisk: read requests behind them.
+        damaged, damaged_ramdisk: times that what was read was not as it should be.
+        mended: parameters whose files were made again for that reason.
         io_wait_s: time the compute thread waited for the ring.
         compute_s: step time without `io_wait_s`.
         sample_s: of it, from the logits to the tokens.
@@ -173,6 +175,9 @@ class StepStats:
     bytes_decoded: int = 0
     reads: int = 0
     reads_ramdisk: int = 0
+    damaged: int = 0
+    damaged_ramdisk: int = 0
+    mended: int = 0
     io_wait_s: float = 0.0
     compute_s: float = 0.0
     sample_s: float = 0.0

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 from raytier.engine.outputs import OutputDelta, merge
 
@@ -95,3 +96,8 @@ class Mailboxes:
 def _dispatch(posted: list[tuple[StreamReader, OutputDelta]]) -> None:
     for reader, delta in posted:
         reader.put(delta)
+
+
+def put_at(arrived: SimpleQueue[tuple[int, OutputDelta]], position: int, delta: OutputDelta) -> None:
+    """The sink of one of several requests."""
+    arrived.put((position, delta))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raytier.checkpoint.manifest import ModelManifest, Parameter
+from raytier.checkpoint.manifest import ExpertPart, ModelManifest, Parameter
 from raytier.codecs.forms import Form
 from raytier.execution import fusion, linears
 from raytier.execution.experts import bank_of
@@ -105,6 +106,15 @@ class Bindings:
             if self._packed.pop(name, None) is not None:
                 linears.unbind(self._sites[name][0][0])
             self.bind(name, self._placeholders[name])
+
+    def feed_experts(self, arriving: Callable[[str, Sequence[int]], Iterator[int]]) -> None:
+        """Let every bank ask `arriving` for the experts that it is to compute, by its name."""
+        for name, bank in self._banks.items():
+            bank.arriving = partial(arriving, name)
+
+    def expert_use(self, part: ExpertPart) -> tuple[int, float]:
+        """How often an expert was chosen, and when last."""
+        return self._banks[part.bank].used(part.expert)
 
     def can_pack(self, name: str) -> bool:
         """Whether a kernel computes on a layout of its own of this parameter: the weight of one linear layer."""

@@ -47,7 +47,8 @@ class Converter:
                 "less than usual; set precision.host to source and compression.host to none"
             )
         if data is None:
-            return as_tensor(view[:nbytes], parameter).copy_(tensor)
+            target = as_tensor(view[:nbytes], parameter)
+            return target if target.data_ptr() == tensor.data_ptr() else target.copy_(tensor)  # it was kept there
         view[:nbytes] = data.data
         rows, computed = range(tensor.shape[0]), self._manifest.computed_dtype(parameter)
         return as_weight(view[:nbytes], parameter, rows, form, computed)

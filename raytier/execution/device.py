@@ -7,6 +7,7 @@ import torch
 from raytier.codecs import scheme
 from raytier.errors import ResourceNotAvailableError
 from raytier.execution import cpu_kernels
+from raytier.execution.sources import keep_checksums
 
 
 def use_device(kind: str, threads: int, cache_dir: str) -> str:
@@ -15,13 +16,14 @@ def use_device(kind: str, threads: int, cache_dir: str) -> str:
     Ray sets OMP_NUM_THREADS to 1 in an actor with a fractional CPU, so the number is always set here.
 
     Args:
-        cache_dir: where compiled kernels are kept.
+        cache_dir: where compiled kernels, and checksums of checkpoints, are kept.
 
     Raises:
         ResourceNotAvailableError: torch sees no CUDA device.
     """
     torch.set_num_threads(threads)
     scheme.use_kernels(cache_dir)
+    keep_checksums(cache_dir)
     if kind == "cpu":
         cpu_kernels.use(cache_dir)
         return "cpu"

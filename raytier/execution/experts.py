@@ -2,12 +2,13 @@
 
 transformers' modules hold the weights of all experts of a layer in fused parameters `[experts, ...]`. Here these stay
 on `meta`: an `ExpertBank` beside each such module has the weights of every expert for itself, and only the ones that
-the router has chosen are looked at.
+the router has chosen are looked at, or fetched (`expert_stream`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,28 @@ _ATTRIBUTE = "_raytier_bank"
 
 
 class ExpertBank:
-    """The weights of the routed experts of one module. A weight may come in several parts along its first dimension."""
+    """The weights of the routed experts of one module. A weight may come in several parts along its first dimension.
+
+    Attributes:
+        arriving: brings those experts that are not there, and gives each one back when it is bound, until the next one
+            is asked for.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, int], list[Weight | None]] = {}
+        self._uses: dict[int, tuple[int, float]] = {}
+        self.arriving: Callable[[Sequence[int]], Iterator[int]] = iter
+
+    def chosen(self, experts: Sequence[int]) -> Iterator[int]:
+        """The experts that the router has chosen for a batch, each bound until the next one is asked for."""
+        now = time.time()
+        for expert in experts:
+            self._uses[expert] = self.used(expert)[0] + 1, now
+        return self.arriving(experts)
+
+    def used(self, expert: int) -> tuple[int, float]:
+        """How many batches an expert was chosen for, and when last (Unix time, 0: never)."""
+        return self._uses.get(expert, (0, 0.0))
 
     def add(self, part: ExpertPart) -> None:
         """There will be this part."""
@@ -63,7 +82,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     bank = bank_of(module)
     result = torch.zeros_like(hidden)
     weights = top_k_weights.to(hidden.dtype) if top_k_weights.dtype.is_floating_point else top_k_weights
-    for expert in hit_experts(top_k_index, module.num_experts):
+    for expert in bank.chosen(hit_experts(top_k_index, module.num_experts)):
         rows, places = torch.where(top_k_index == expert)
         out = _expert(module, bank, expert, hidden[rows])
         result.index_add_(0, rows, (out * weights[rows, places, None]).to(result.dtype))

@@ -7,23 +7,24 @@ Reads are aligned outward for O_DIRECT, so bytes keep their file offset modulo `
 anywhere in its unit and is used in place. So is one whose extents meet at block borders (stripes of a tier's files):
 they are read one behind the other. Only what cannot be used in place (other separate extents, or a file offset that
 its dtype cannot start at) is copied together, into space behind the reads, by `assemble`. What is coded is read into
-memory of the reader, and decoded from there into the unit.
+memory of the reader, and decoded from there into the unit. All is checked, in ranges that do not depend on the unit.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, SourceFile, Stored
-from raytier.codecs.codec import Codec
-from raytier.codecs.planes import Element
+from raytier.codecs.codec import CODED_REQUEST
 from raytier.codecs.scheme import element_of
 from raytier.errors import CheckpointError
+from raytier.execution.reads import Check, CodedFrame, CodedRead, Read, with_checks
 from raytier.planner.plan import FILE_TIERS, Tier
 from raytier.tiers.aligned import ALIGNMENT, align_down, align_up
+from raytier.tiers.checks import check_ranges
 from raytier.tiers.striping import slice_extents
 
 #: Bytes between wanted ranges that may be read along to save a request ...
@@ -32,8 +33,6 @@ MAX_GAP = 64 << 10
 MAX_GAP_FRACTION = 0.01
 #: Start of an assembled or decoded parameter: one cache line.
 SCRATCH_ALIGNMENT = 64
-#: Coded bytes of one request, if a single frame has no more.
-CODED_REQUEST = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,50 +42,6 @@ class Piece:
     parameter: Parameter
     row_start: int
     row_stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """`nbytes` at `offset` of the manifest's file `file` go to `dest` in the unit.
-
-    `offset` and `dest` are aligned, and so is `nbytes` unless the range ends with the file; the unit has room
-    for `align_up(nbytes)` at `dest`.
-    """
-
-    file: int
-    offset: int
-    nbytes: int
-    dest: int
-
-
-@dataclass(frozen=True, slots=True)
-class CodedFrame:
-    """`nbytes` coded bytes at `offset` of what was read become `decoded` bytes at `dest` in the unit."""
-
-    offset: int
-    nbytes: int
-    checksum: int
-    dest: int
-    decoded: int
-
-
-@dataclass(frozen=True, slots=True)
-class CodedRead:
-    """Consecutive frames: `reads` bring them to memory of the reader, `scratch_bytes` of it (their `dest` is there)."""
-
-    codec: Codec
-    element: Element
-    reads: tuple[Read, ...]
-    frames: tuple[CodedFrame, ...]
-
-    @property
-    def scratch_bytes(self) -> int:
-        return max(read.dest + align_up(read.nbytes) for read in self.reads)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read."""
-        return sum(read.nbytes for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +103,23 @@ def row_bytes(parameter: Parameter) -> int:
     return held_nbytes(parameter) // max(1, num_rows(parameter))
 
 
-def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], layer: int | None = None) -> StreamUnit:
+def build_unit(
+    name: str,
+    pieces: Sequence[Piece],
+    files: Sequence[SourceFile],
+    layer: int | None = None,
+    *,
+    by_rows: bool = False,
+) -> StreamUnit:
     """The unit that holds `pieces`, whose members keep their order.
+
+    Args:
+        by_rows: every row is checked by itself.
 
     Raises:
         CheckpointError: a parameter has no bytes, or reaches beyond the end of its file.
     """
-    coded = [_coded(piece.parameter) for piece in pieces]
+    coded = [None if by_rows else _coded(piece) for piece in pieces]
     extents = [() if code else tuple(_extents(piece)) for piece, code in zip(pieces, coded, strict=True)]
     for extent in (e for group in extents for e in group):
         if extent.offset + extent.nbytes > files[extent.file].size:
@@ -173,6 +138,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
         return read.dest + extent.offset - read.offset
 
     members: list[Member] = []
+    checks: list[Check] = []
     behind: list[Read | CodedRead] = []
     for piece, group, chain, stored in zip(pieces, extents, chained, coded, strict=True):
         if stored is not None:
@@ -180,8 +146,8 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
             start, stop = _byte_range(piece)
             frames = stored.frames.overlapping(start, stop)
             behind += _coded_reads(piece.parameter, stored, frames, dest)
-            first = frames.start * stored.frames.step
-            end = dest + min(frames.stop * stored.frames.step, stored.nbytes) - first
+            first = stored.frames.starts()[frames.start]
+            end = dest + stored.frames.starts()[frames.stop] - first
             members.append(
                 Member(piece.parameter.name, dest + start - first, stop - start, piece.row_start, piece.row_stop)
             )
@@ -197,6 +163,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
             placed: tuple[tuple[int, int], ...] = ((offset, nbytes),)
         else:
             placed = tuple((place(extent), extent.nbytes) for extent in group)
+        checks += _checks(piece, placed, by_rows)
         offset = placed[0][0] if placed else 0
         in_place = len(placed) <= 1 and offset % _start_alignment(piece.parameter) == 0
         if not in_place:
@@ -204,7 +171,7 @@ def build_unit(name: str, pieces: Sequence[Piece], files: Sequence[SourceFile], 
             end = offset + nbytes
         sources = () if in_place else placed
         members.append(Member(piece.parameter.name, offset, nbytes, piece.row_start, piece.row_stop, sources))
-    return StreamUnit(name, align_up(end), (*reads, *behind), tuple(members), layer)
+    return StreamUnit(name, align_up(end), with_checks((*reads, *behind), checks), tuple(members), layer)
 
 
 def assemble(unit: StreamUnit, view: memoryview) -> None:
@@ -224,23 +191,27 @@ def sweep_units(
 ) -> tuple[StreamUnit, ...]:
     """Everything that one sweep streams, in the order of its use: decoder layers, then chunks of the output head.
 
-    A layer without streamed parameters has no unit. The input embedding is read by rows (`row_unit`); where it is
-    tied and on disk it is streamed here as the head.
+    A layer without streamed parameters has no unit. Routed experts are in none: which ones are needed, the router says
+    (`expert_stream`). The input embedding is read by rows (`row_unit`); where it is tied and on disk it is streamed
+    here as the head.
 
     Args:
         tier_of: tier of every parameter by name (`WeightPlan.tier_of`).
-        head_chunk_rows: vocabulary rows per chunk, needed when the head is streamed.
+        head_chunk_rows: vocabulary rows per chunk, needed when the head is streamed; a head that is stored in pieces
+            is used by these.
     """
     units = []
     for layer in range(manifest.num_layers):
-        pieces = [whole(p) for p in manifest.layer_parameters(layer) if tier_of[p.name] in streamed_tiers]
+        parameters = (p for p in manifest.layer_parameters(layer) if p.expert is None)
+        pieces = [whole(p) for p in parameters if tier_of[p.name] in streamed_tiers]
         if pieces:
             units.append(build_unit(f"layer {layer}", pieces, manifest.files, layer))
     if tier_of[manifest.head] in streamed_tiers:
         if head_chunk_rows <= 0:
             raise ValueError(f"{manifest.head} is streamed, so head_chunk_rows must be positive, not {head_chunk_rows}")
         head = manifest.by_name[manifest.head]
-        for piece in _split(head, head_chunk_rows):
+        piece_rows = head.stored.piece_rows if head.stored is not None else 0
+        for piece in _split(head, piece_rows or head_chunk_rows):
             units.append(build_unit(f"head rows {piece.row_start}-{piece.row_stop}", [piece], manifest.files))
     return tuple(units)
 
@@ -258,7 +229,7 @@ def row_unit(parameter: Parameter, rows: Sequence[int], files: Sequence[SourceFi
             pieces[-1] = Piece(parameter, pieces[-1].row_start, row + 1)
         else:
             pieces.append(Piece(parameter, row, row + 1))
-    return build_unit(f"rows of {parameter.name}", pieces, files)
+    return build_unit(f"rows of {parameter.name}", pieces, files, by_rows=True)
 
 
 def _split(parameter: Parameter, rows: int) -> Iterator[Piece]:
@@ -292,7 +263,10 @@ def _extents(piece: Piece) -> Iterator[Extent]:
 
 def _byte_range(piece: Piece) -> tuple[int, int]:
     """Where the piece is in the bytes of its parameter's form."""
-    parameter, nbytes = piece.parameter, held_nbytes(piece.parameter)
+    parameter, nbytes, stored = piece.parameter, held_nbytes(piece.parameter), piece.parameter.stored
+    if stored is not None and stored.piece_rows:
+        first, last = piece.row_start // stored.piece_rows, -(-piece.row_stop // stored.piece_rows)
+        return sum(stored.frames.pieces[:first]), sum(stored.frames.pieces[:last])
     if piece.row_start == 0 and piece.row_stop == num_rows(parameter):
         return 0, nbytes
     size = row_bytes(parameter)
@@ -306,15 +280,55 @@ def _start_alignment(parameter: Parameter) -> int:
     return DTYPE_BYTES[parameter.dtype] if plain else SCRATCH_ALIGNMENT
 
 
-def _coded(parameter: Parameter) -> Stored | None:
-    """How the parameter is stored, if it has to be decoded."""
-    stored = parameter.stored
-    return stored if stored is not None and stored.codec.name != "none" else None
+def _coded(piece: Piece) -> Stored | None:
+    """How the parameter is stored, if it has to be decoded, or taken out of whole frames that can be checked."""
+    stored = piece.parameter.stored
+    if stored is None:
+        return None
+    start, stop = _byte_range(piece)
+    starts = stored.frames.starts()
+    whole = all(starts[bisect_left(starts, border)] == border for border in (start, stop))
+    return stored if stored.codec.name != "none" or not whole else None
+
+
+def _checks(piece: Piece, placed: Sequence[tuple[int, int]], by_rows: bool) -> Iterator[Check]:
+    """What is checked of a piece, whose bytes lie at `placed` ((offset in the unit, bytes) each)."""
+    parameter, stored = piece.parameter, piece.parameter.stored
+    start, stop = _byte_range(piece)
+    size = row_bytes(parameter) if by_rows else None
+    found: Iterator[tuple[int, int, Extent, int | None]]
+    if stored is None:
+        found = ((at, e.nbytes, e, None) for at, e in check_ranges(parameter, start, stop, size))
+    else:
+        found = _stored_ranges(stored, start, stop, size)
+    runs = iter(placed)
+    end, shift = start, 0
+    for position, nbytes, extent, checksum in found:
+        while position >= end:
+            offset, length = next(runs)
+            shift = offset - end
+            end += length
+        yield Check(parameter.name, extent.file, extent.offset, nbytes, position + shift, checksum)
+
+
+def _stored_ranges(
+    stored: Stored, start: int, stop: int, size: int | None
+) -> Iterator[tuple[int, int, Extent, int | None]]:
+    """Position, bytes, first extent and checksum of the frames, or parts of `size` bytes, from `start` to `stop`."""
+    if size is None:
+        frames, starts = stored.frames.overlapping(start, stop), stored.frames.starts()
+        checksums = stored.frames.checksums
+        parts: list[tuple[int, int, int | None]] = [(starts[i], starts[i + 1], checksums[i]) for i in frames]
+    else:
+        parts = [(at, at + size, None) for at in range(start, stop, size)]
+    for first, last, checksum in parts:
+        yield first, last - first, next(slice_extents(stored.extents, first, last)), checksum
 
 
 def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int) -> Iterator[CodedRead]:
     """Requests for these frames, decoded one behind the other from `dest` on."""
     element, offsets, frames = element_of(stored.form, parameter.dtype), stored.frames.offsets(), stored.frames
+    starts = frames.starts()
     first = indices.start
     while first < indices.stop:
         last = first + 1
@@ -329,11 +343,11 @@ def _coded_reads(parameter: Parameter, stored: Stored, indices: range, dest: int
             end += stop - start
         coded = []
         for index in range(first, last):
-            decoded = frames.decoded(index)
+            decoded = starts[index + 1] - starts[index]
             offset = begin + offsets[index] - offsets[first]
             coded.append(CodedFrame(offset, frames.sizes[index], frames.checksums[index], dest, decoded))
             dest += decoded
-        yield CodedRead(stored.codec, element, tuple(reads), tuple(coded))
+        yield CodedRead(parameter.name, stored.codec, element, tuple(reads), tuple(coded))
         first = last
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 
 from torch import Tensor
 
+from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.errors import TierError
 from raytier.execution.binding import members
 from raytier.execution.formed import plain
@@ -16,6 +17,7 @@ from raytier.execution.layout import assemble, parameter_unit
 from raytier.execution.reader import Urgency
 from raytier.execution.sources import Sources
 from raytier.execution.threads import compute_with
+from raytier.planner.plan import FILE_TIERS, Tier
 from raytier.tiers.aligned import AlignedBuffer
 
 #: Groups whose reads are under way: one arrives while the next one's requests wait behind it.
@@ -105,6 +107,17 @@ class ResidentLoader:
             raise TierError("the model was unloaded while it was being loaded")
         finish()
         self._ready[key].set()
+
+
+def groups_in_memory(manifest: ModelManifest, tier_of: Mapping[str, Tier]) -> list[tuple[Hashable, list[str]]]:
+    """Names of what is to be in memory, grouped by when a sweep needs it first: by layer, or `Role`."""
+    groups: dict[Hashable, list[str]] = {Role.OTHER: []}
+    groups |= {layer: [] for layer in range(manifest.num_layers)}
+    groups[Role.HEAD] = []
+    for p in manifest.parameters:
+        if tier_of[p.name] not in FILE_TIERS:
+            groups[p.layer if p.layer is not None else Role.HEAD if p.role is Role.HEAD else Role.OTHER].append(p.name)
+    return list(groups.items())
 
 
 def begin_read(sources: Sources, name: str, urgency: Urgency) -> tuple[AlignedBuffer, Callable[[], Tensor]]:

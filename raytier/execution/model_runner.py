@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from raytier.checkpoint.architecture import build_meta, decoder_layers, load_config
 from raytier.checkpoint.manifest import ModelManifest, TokenizerSpec
@@ -14,6 +15,7 @@ from raytier.engine.step import StepBatch, StepResult, StepStats
 from raytier.execution.attention import ForwardContext, forward_context
 from raytier.execution.binding import TORCH_DTYPES
 from raytier.execution.gate import SweepGate
+from raytier.execution.kept import keep, keepable
 from raytier.execution.kv_store import KVStore
 from raytier.execution.kv_tiers import KVTiers
 from raytier.execution.parameters import ParameterStatus
@@ -26,6 +28,22 @@ from raytier.kv.orders import LowerShape
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, WeightPlan
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer
 from raytier.tiers.copies import TierCopy
+
+Modules = PreTrainedModel
+
+
+def build(manifest: ModelManifest, device: str) -> Modules:
+    """The modules of a model: parameters on `meta`, buffers on `device`.
+
+    Raises:
+        UnsupportedModelError: see `build_meta`.
+    """
+    model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
+                module._buffers[name] = buffer.to(device)
+    return model
 
 
 class ModelRunner:
@@ -41,17 +59,14 @@ class ModelRunner:
         device: torch.device,
         sources: Sources,
         tokenizer: TokenizerSpec | None,
+        model: Modules,
     ) -> None:
         self._device = device
         self._threads = torch.get_num_threads()
         self._sources = sources
         self._gate = SweepGate()
         self._weights: Weights
-        self._model = build_meta(load_config(manifest.model_dir), manifest.compute_dtype)
-        for module in self._model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:  # else it is stored, and bound like a parameter
-                    module._buffers[name] = buffer.to(device)
+        self._model = model
         self.kv = KVStore(
             manifest.kv_layers,
             share.kv_blocks,
@@ -60,6 +75,7 @@ class ModelRunner:
             device,
         )
         self.kv_tiers: KVTiers | None = None
+        self._kv_host_bytes = 0
         self.sampler = Sampler(manifest.vocab_size, tokenizer)
         self._seen = self._read_counts()
         self._steps = 0
@@ -79,6 +95,8 @@ class ModelRunner:
         tokenizer: TokenizerSpec | None = None,
         lower: LowerShape | None = None,
         kv_memory: memoryview | None = None,
+        model: Modules | None = None,
+        kept: Mapping[str, memoryview] | None = None,
     ) -> ModelRunner:
         """Build the model and begin to read what the plan keeps in memory and to stream the rest.
 
@@ -92,6 +110,8 @@ class ModelRunner:
             tokenizer: of the model; without it no sequence can have a grammar.
             lower: what KV goes to below the device. kv_memory: for its slots in the host's memory; without it they
                 lie in memory of this process.
+            model: from `build`, or of a runner of this manifest that is closed.
+            kept: parameters' bytes as the checkpoint has them, in memory, from where they are copied.
 
         Raises:
             CheckpointError, TierError, UnsupportedModelError: as the message says; nothing is left behind.
@@ -102,7 +122,8 @@ class ModelRunner:
                 on_tier = {name: copy for name, copy in (copies or {}).items() if plan.tier_of[name] is tier}
                 sources.adopt(sources.relocated(on_tier, tier))
             target = torch.device(device)
-            runner = cls(manifest, plan.devices[0], target, sources, tokenizer)
+            model = build(manifest, device) if model is None else model
+            runner = cls(manifest, plan.devices[0], target, sources, tokenizer, model)
             runner._weights = Weights(
                 runner._model,
                 decoder_layers(runner._model),
@@ -113,14 +134,47 @@ class ModelRunner:
                 target,
                 host_views or {},
                 runner._gate,
+                kept,
             )
             if lower is not None and lower.host_slots:
                 memory = AlignedBuffer(host_bytes(lower)).view if kv_memory is None else kv_memory
+                runner._kv_host_bytes = 0 if kv_memory is None else kv_memory.nbytes
                 runner.kv_tiers = KVTiers(runner.kv, lower, memory, sources.pool)
             return runner
         except BaseException:
             sources.close()
             raise
+
+    @property
+    def model(self) -> Modules:
+        """The modules, which another runner may have when this one is closed."""
+        return self._model
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of the device, for everything of this model."""
+        return self._weights.room.budget_bytes
+
+    @budget_bytes.setter
+    def budget_bytes(self, nbytes: int) -> None:
+        self._weights.room.budget_bytes = nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of that budget that are taken."""
+        weights = self._weights
+        return weights.room.held_bytes(weights.resident_bytes, weights.ring_bytes)
+
+    def keepable(self) -> dict[str, int]:
+        """Parameters on the device that `keep` can copy, and their bytes: as the checkpoint has them, or in a form."""
+        return keepable(self._weights.resident, self._weights.manifest.parameters)
+
+    def keep(self, views: Mapping[str, memoryview]) -> None:
+        """Copy parameters to memory that outlives this runner; no step runs any more."""
+        weights = self._weights
+        with num_threads(1):
+            for name, view in views.items():
+                keep(weights.resident[name], weights.manifest.by_name[name], view)
 
     def wait_loaded(self) -> None:
         """Return when all that the plan keeps in memory is there, in its final layout.
@@ -168,6 +222,9 @@ class ModelRunner:
             bytes_decoded=everything.decoded - before[0].decoded,
             reads=everything.reads - before[0].reads,
             reads_ramdisk=ramdisk.reads - before[1].reads,
+            damaged=everything.damaged - before[0].damaged,
+            damaged_ramdisk=ramdisk.damaged - before[1].damaged,
+            mended=everything.mended - before[0].mended,
             io_wait_s=waited,
             compute_s=wall - waited,
             sample_s=result.stats.sample_s,
@@ -188,8 +245,9 @@ class ModelRunner:
             return self._weights.move(names, destination, host_views, copies)
 
     def parameters(self) -> tuple[ParameterStatus, ...]:
-        """Where every parameter is now. All of them are used once in a step."""
+        """Where every parameter is now. All but routed experts are used once in a step."""
         weights, manifest = self._weights, self._weights.manifest
+        uses = {p.name: weights.used(p) or (self._steps, self._last_step) for p in manifest.parameters}
         return tuple(
             ParameterStatus(
                 name=p.name,
@@ -198,8 +256,8 @@ class ModelRunner:
                 nbytes=p.nbytes,
                 current_nbytes=weights.held_nbytes(p.name),
                 fixed=weights.fixed(p.name),
-                access_count=self._steps,
-                last_access=self._last_step,
+                access_count=uses[p.name][0],
+                last_access=uses[p.name][1],
                 precision=(form.name if (form := weights.scheme_of(p.name).form) is not None else "source"),
                 codec=weights.scheme_of(p.name).codec.name,
             )
@@ -268,6 +326,7 @@ class ModelRunner:
             "host": self._weights.host_bytes,
             "ring": self._weights.ring_bytes,
             "kv": self.kv.nbytes,
+            "kv_host": self._kv_host_bytes,
         }
 
     def close(self) -> None:

@@ -14,10 +14,12 @@ from statistics import median
 import torch
 from torch import nn
 
+from raytier.codecs import planes
 from raytier.execution import cpu_kernels, linears
 from raytier.execution.step_rates import measure_steps
 from raytier.execution.threads import num_threads
 from raytier.execution.timing import calls_per_second, typical_seconds, wait
+from raytier.hardware.codec_rates import measure_decoding
 from raytier.hardware.disk_rates import DiskReaders, probe_files
 from raytier.hardware.inventory import nearest_existing
 from raytier.hardware.load import LoadMeter
@@ -120,6 +122,9 @@ def _measure(key: RateKey, cache_dir: str, progress: Progress) -> Rates:
             layers.pack()
             rates = replace(rates, packed_matrix_bytes_per_s=measure_matrix(layers))
         del layers, beside
+        progress("decoding", 0.7)
+        planes.use_kernels(cache_dir)
+        rates = replace(rates, decode_bytes_per_s=measure_decoding(key.threads or os.cpu_count() or 1))
         progress("copying in memory", 0.75)
         rates = replace(rates, memory_copy_bytes_per_s=measure_copy())
         if not cpu:

@@ -8,8 +8,19 @@ from dataclasses import replace
 from raytier.checkpoint.manifest import Extent, ModelManifest, Parameter, SourceFile, Stored
 from raytier.execution.reader import ReaderPool
 from raytier.planner.plan import Tier
+from raytier.tiers.checks import SourceChecks
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.files import DirectFile
+from raytier.tiers.mending import mend
+
+#: Where checksums of checkpoints are kept.
+_cache_dir: str | None = None
+
+
+def keep_checksums(cache_dir: str) -> None:
+    """Know the next time what files of a checkpoint held when this process read them first."""
+    global _cache_dir
+    _cache_dir = cache_dir
 
 
 class Sources:
@@ -32,7 +43,8 @@ class Sources:
         try:
             for file in manifest.files:
                 opened.append(DirectFile(file.path, file.size))
-            self.pool = ReaderPool(opened, io_threads, io_bytes)
+            self._checks = SourceChecks(manifest.files, _cache_dir)
+            self.pool = ReaderPool(opened, io_threads, io_bytes, self._checks, self._mend)
         except BaseException:
             for one in opened:
                 one.close()
@@ -92,8 +104,14 @@ class Sources:
                 del self._numbers[path]
                 self.pool.drop_file(number).close()
 
+    def _mend(self, name: str) -> None:
+        parameter = self.manifest.by_name[name]
+        if parameter.stored is not None:  # else it has been moved away meanwhile
+            mend(parameter, self.manifest.files, self._checks)
+
     def close(self) -> None:
         """End the readers and close all files."""
         self.pool.close()
+        self._checks.save()
         for file in self.pool.files:
             file.close()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from raytier.errors import ResourceNotAvailableError
 from raytier.execution.layout import StreamUnit, assemble
-from raytier.execution.reader import ReaderPool, ReadTicket
+from raytier.execution.reader import ReaderPool
 from raytier.execution.ring import RingAllocator
+from raytier.execution.ticket import ReadTicket
 from raytier.tiers.aligned import AlignedBuffer
 
 
@@ -19,16 +20,18 @@ class StreamStats:
     """Totals of a stream, or of several that followed each other.
 
     Attributes:
-        units: units acquired.
+        units: units acquired, experts that were fetched among them.
         bytes_consumed: parameter bytes of those units.
         bytes_read: bytes read from disk for them and for cancelled prefetches, alignment included.
-        io_wait_s: seconds that `acquire` waited.
+        io_wait_s: seconds that was waited for them.
+        bytes_found: parameter bytes of experts that were chosen and still there.
     """
 
     units: int = 0
     bytes_consumed: int = 0
     bytes_read: int = 0
     io_wait_s: float = 0.0
+    bytes_found: int = 0
 
 
 @dataclass(frozen=True, slots=True)

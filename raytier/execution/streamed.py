@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.execution.binding import members
 from raytier.execution.bus import Bus
+from raytier.execution.expert_stream import ExpertPlan, ExpertStream
 from raytier.execution.formed import Weight
 from raytier.execution.layout import StreamUnit, row_bytes, sweep_units
 from raytier.execution.reader import ReaderPool
 from raytier.execution.stream import StreamStats, WeightStream
 from raytier.planner.plan import DevicePlan, Tier
-from raytier.planner.sizing import HEAD_CHUNK_ALONE
+from raytier.planner.sizing import HEAD_CHUNK_ALONE, chunk_rows, rows_together
 from raytier.tiers.aligned import AlignedBuffer
 
 #: Units of a ring that no plan has sized: one computes, two arrive.
@@ -22,24 +23,33 @@ _RING_UNITS = 3
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What every sweep streams: its units in order, and the ring's bytes for them (0 without units)."""
+    """What every sweep streams: its units in order, and the ring's bytes for them (0 without units); and the experts
+    that it may go through."""
 
     manifest: ModelManifest
     units: tuple[StreamUnit, ...]
     ring_bytes: int
     ramdisk_bytes: tuple[int, ...]  # parameter bytes of each unit that come from the ramdisk
+    experts: ExpertPlan
 
     @classmethod
     def of(cls, manifest: ModelManifest, tier_of: Mapping[str, Tier], share: DevicePlan) -> SweepPlan:
         """For a placement; the ring is as `share` has it, or larger where a unit needs that."""
         head = manifest.by_name[manifest.head]
-        rows = share.head_chunk_rows or max(1, min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head))
+        wanted = min(HEAD_CHUNK_ALONE, head.nbytes // 8) // row_bytes(head)
+        rows = share.head_chunk_rows or chunk_rows(wanted, rows_together(head))
         units = sweep_units(manifest, tier_of, rows)
         largest = max((unit.nbytes for unit in units), default=0)
         fits = share.ring_bytes >= min(2, len(units)) * largest
         ring = share.ring_bytes if fits else min(_RING_UNITS, len(units)) * largest
         ramdisk = (sum(m.nbytes for m in unit.members if tier_of[m.name] is Tier.RAMDISK) for unit in units)
-        return cls(manifest, units, ring if units else 0, tuple(ramdisk))
+        experts = ExpertPlan.of(manifest, tier_of, share.expert_bytes)
+        return cls(manifest, units, ring if units else 0, tuple(ramdisk), experts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring and of the experts' slots."""
+        return self.ring_bytes + self.experts.nbytes
 
 
 class StreamedWeights:
@@ -47,7 +57,7 @@ class StreamedWeights:
 
     Attributes:
         stats: totals over all plans.
-        bytes_ramdisk: of what was consumed, the bytes from the ramdisk.
+        experts: the part that comes when the router has chosen it.
     """
 
     def __init__(self, pool: ReaderPool, window: int, bus: Bus | None) -> None:
@@ -59,17 +69,19 @@ class StreamedWeights:
         self._ring: AlignedBuffer | None = None
         self._stream: WeightStream | None = None
         self.stats = StreamStats()
-        self.bytes_ramdisk = 0
+        self.experts = ExpertStream(pool, bus, self.stats)
+        self._bytes_ramdisk = 0
 
     def start(self, plan: SweepPlan) -> None:
         """Begin to stream by `plan`, in place of what was streamed before; prefetches that it shares are kept."""
         before, self._plan = self._plan, plan
+        self.experts.start(plan.experts, plan.manifest)
         if before is not None and (before.units, before.ring_bytes) == (plan.units, plan.ring_bytes):
             return
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        if self.ring_bytes != plan.ring_bytes:
+        if (self._ring.nbytes if self._ring is not None else 0) != plan.ring_bytes:
             if self._ring is not None and self._bus is not None:
                 self._bus.unpin(self._ring.address)
             self._ring = None  # before the new one is made: both together may be more than there is room for
@@ -82,8 +94,14 @@ class StreamedWeights:
             self._stream.start()
 
     @property
-    def ring_bytes(self) -> int:
-        return self._ring.nbytes if self._ring is not None else 0
+    def nbytes(self) -> int:
+        """Bytes of the ring and of the experts' slots."""
+        return (self._ring.nbytes if self._ring is not None else 0) + self.experts.nbytes
+
+    @property
+    def bytes_ramdisk(self) -> int:
+        """Of what was consumed, the bytes from the ramdisk."""
+        return self._bytes_ramdisk + self.experts.bytes_ramdisk
 
     def unit_of(self, layer: int) -> int | None:
         """Index of the unit that brings parameters of a decoder layer; None when all of it is in memory."""
@@ -98,7 +116,7 @@ class StreamedWeights:
         """The parameters of a unit by name, as views into the ring, until its `release`; see `WeightStream.acquire`."""
         assert self._stream is not None and self._plan is not None
         tensors = members(self._plan.units[index], self._stream.acquire(index), self._plan.manifest)
-        self.bytes_ramdisk += self._plan.ramdisk_bytes[index]
+        self._bytes_ramdisk += self._plan.ramdisk_bytes[index]
         return tensors
 
     def release(self, index: int) -> None:
@@ -106,11 +124,13 @@ class StreamedWeights:
         self._stream.release(index)
 
     def cancel(self) -> None:
-        """Drop what the ring holds; the next sweep starts anew."""
+        """Drop what the ring holds and experts under way; the next sweep starts anew."""
+        self.experts.cancel()
         if self._stream is not None:
             self._stream.cancel()
 
     def close(self) -> None:
+        self.experts.close()
         if self._stream is not None:
             self._stream.close()
         self._ring = self._stream = None

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from raytier.execution.formed import Weight
 from raytier.execution.linears import apply
 
 
-def attach_embedding(module: nn.Module, rows_of: Callable[[Tensor], Tensor | None]) -> None:
+def attach_embedding(module: nn.Module, rows_of: Callable[[Tensor], Tensor | None]) -> list[RemovableHandle]:
     """Give `module`, an input embedding, a table of just the rows that the batch uses, wherever there is one.
+
+    Removing both handles takes that back.
 
     Args:
         rows_of: ascending distinct token ids `[N]` -> their rows `[N, hidden]` on the device; None: the module has its
@@ -38,8 +41,7 @@ def attach_embedding(module: nn.Module, rows_of: Callable[[Tensor], Tensor | Non
             module._parameters["weight"] = weight.pop()
             module.padding_idx = padding
 
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, always_call=True)
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 def project_in_chunks(head: nn.Module, hidden: Tensor, vocab: int, chunks: Iterable[Weight]) -> Tensor:

@@ -16,28 +16,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
 from raytier.codecs.scheme import PLAIN, Scheme
-from raytier.errors import InvalidRequestError, ResourceNotAvailableError, TierError
+from raytier.errors import InvalidRequestError, TierError
 from raytier.execution import linears
 from raytier.execution.binding import Bindings, as_tensor
 from raytier.execution.bus import Bus
 from raytier.execution.conversion import Converter
+from raytier.execution.expert_stream import RoutedExperts
 from raytier.execution.formed import FormedWeight, Weight, plain
 from raytier.execution.gate import SweepGate
+from raytier.execution.kept import KeptCopies
 from raytier.execution.layout import row_bytes
-from raytier.execution.loading import ResidentLoader, begin_read
+from raytier.execution.loading import ResidentLoader, begin_read, groups_in_memory
 from raytier.execution.reader import Urgency
+from raytier.execution.room import Room, resident_bytes
 from raytier.execution.rows import RowFetcher
 from raytier.execution.sources import Sources
 from raytier.execution.streamed import StreamedWeights, SweepPlan
 from raytier.execution.vocabulary import attach_embedding, project_in_chunks
 from raytier.planner.plan import FILE_TIERS, DevicePlan, Tier, TierSchemes
 from raytier.planner.sizing import HEAD_CHUNK_ALONE, always_resident, resident_nbytes
+from raytier.tiers.aligned import AlignedBuffer
 from raytier.tiers.copies import TierCopy
-
-MIB = 2**20
 
 
 class Weights:
@@ -52,8 +55,10 @@ class Weights:
         schemes: in which form each tier holds a parameter.
         host_views: writable bytes in the node's arena of each host-tier parameter.
         gate: held by whoever runs a sweep.
+        kept: copies in memory of what is not to be read (`KeptCopies`).
 
     Attributes:
+        room: what the model may take of the device.
         bytes_loaded, bytes_to_load: of what is to be in memory, what has been read.
     """
 
@@ -68,9 +73,12 @@ class Weights:
         device: torch.device,
         host_views: Mapping[str, memoryview],
         gate: SweepGate,
+        kept: Mapping[str, memoryview] | None = None,
     ) -> None:
         self._sources = sources
         self._share = share
+        self.room = Room(share)
+        self._handles: list[RemovableHandle] = []
         self._device = device
         self._gate = gate
         self._tier_of = dict(tier_of)
@@ -79,9 +87,11 @@ class Weights:
         self._bindings = Bindings(model, sources.manifest)
         self._bus = Bus(device) if device.type == "cuda" else None
         self._converter = Converter(sources.manifest, schemes, self._bus)
+        self._kept = KeptCopies(kept or {}, sources.manifest, schemes)
         self._resident: dict[str, Weight] = {}  # of the device tier, as they are bound
         self._host: dict[str, Weight] = {}
         self._streamed = StreamedWeights(sources.pool, share.window, self._bus)
+        self._experts = RoutedExperts(sources.manifest, self._bindings, self._streamed.experts, self._host, self._bus)
         self._rows: RowFetcher | None = None
         self._closed = False
         self._rows_streamed = self._rows_ramdisk = self.bytes_loaded = 0
@@ -90,7 +100,7 @@ class Weights:
         self._attach(model, layers)
         self._wire_head()
         self._streamed.start(SweepPlan.of(sources.manifest, self._tier_of, share))
-        groups = self._resident_groups()
+        groups = groups_in_memory(self.manifest, self._tier_of)
         self.bytes_to_load = sum(self.manifest.by_name[name].nbytes for _, names in groups for name in names)
         self._loader = ResidentLoader(groups, self._begin_load, self._pack_all)
 
@@ -106,31 +116,27 @@ class Weights:
 
     # Loading
 
-    def _resident_groups(self) -> list[tuple[object, list[str]]]:
-        """Names of what is to be in memory, grouped by when a sweep needs it first."""
-        groups: dict[object, list[str]] = {Role.OTHER: []}
-        groups |= {layer: [] for layer in range(self.manifest.num_layers)}
-        groups[Role.HEAD] = []
-        for p in self.manifest.parameters:
-            if self._tier_of[p.name] not in FILE_TIERS:
-                key = p.layer if p.layer is not None else Role.HEAD if p.role is Role.HEAD else Role.OTHER
-                groups[key].append(p.name)
-        return list(groups.items())
-
     def _begin_load(self, names: Sequence[str]) -> Callable[[], None]:
-        reading = deque((name, *begin_read(self._sources, name, Urgency.STREAM)) for name in names)
+        reading = deque((name, *self._begin_read(name)) for name in names)
 
         def finish() -> None:
             while reading:  # and let go of each: what was converted is not needed as it was read
                 name, buffer, arrived = reading.popleft()
                 parameter, tensor = self.manifest.by_name[name], arrived()
-                if self._tier_of[name] is Tier.HOST:
+                if isinstance(tensor, FormedWeight):
+                    self._keep_on_device(name, tensor)
+                elif self._tier_of[name] is Tier.HOST:
                     self._keep_on_host(name, self._converter.to_host(parameter, tensor, self._host_views[name]))
                 else:
                     self._keep_on_device(name, self._converter.to_device(parameter, tensor, buffer))
                 self.bytes_loaded += parameter.nbytes
 
         return finish
+
+    def _begin_read(self, name: str) -> tuple[AlignedBuffer | None, Callable[[], Weight]]:
+        if (kept := self._kept.find(name)) is not None:  # it is copied instead
+            return None, kept
+        return begin_read(self._sources, name, Urgency.STREAM)
 
     def _keep_on_device(self, name: str, weight: Weight) -> None:
         self._resident[name] = weight
@@ -163,18 +169,15 @@ class Weights:
         """Return when all that is to be in memory is there; raises what went wrong while loading."""
         self._loader.wait_all()
 
-    @property
-    def loaded(self) -> bool:
-        return self._loader.done
-
     # Hooks
 
     def _attach(self, model: nn.Module, layers: nn.ModuleList) -> None:
         for number, layer in enumerate(layers):
-            names = [p.name for p in self.manifest.layer_parameters(number)]
+            names = [p.name for p in self.manifest.layer_parameters(number) if p.expert is None]
             self._attach_layer(layer, number, names)
-        attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
-        self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD))
+        self._bindings.feed_experts(self._experts.arriving)
+        self._handles += attach_embedding(model.get_input_embeddings(), self._embedding_rows)  # type: ignore[operator]
+        self._handles.append(self._head.register_forward_pre_hook(lambda *_: self._loader.wait(Role.HEAD)))
 
     def _attach_layer(self, layer: nn.Module, number: int, names: list[str]) -> None:
         bound: list[str] = []
@@ -188,8 +191,7 @@ class Weights:
             weights = self._streamed.acquire(index) if index is not None else {}
             if self._bus is not None:
                 weights |= {name: self._host[name] for name in names if name in self._host}
-                uploaded = self._bus.upload({name: plain(weight) for name, weight in weights.items()})
-                weights = {**uploaded}
+                weights = {**self._bus.upload({name: plain(weight) for name, weight in weights.items()})}
                 if index is not None:
                     self._streamed.release(index)
             for name, weight in weights.items():
@@ -204,8 +206,7 @@ class Weights:
                 if index is not None and self._bus is None:
                     self._streamed.release(index)
 
-        layer.register_forward_pre_hook(enter)
-        layer.register_forward_hook(leave)
+        self._handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
     def _embedding_rows(self, ids: Tensor) -> Tensor | None:
         """Rows of the embedding for the token ids of a batch, where its module has not got the table."""
@@ -249,17 +250,13 @@ class Weights:
         """Rows of the head in order, each chunk valid until the next one is asked for."""
         if self._tier_of[head.name] in FILE_TIERS:
             for index in self._streamed.head_units():
-                chunk = self._streamed.acquire(index)
-                yield (
-                    chunk[head.name]
-                    if self._bus is None
-                    else self._bus.upload({head.name: plain(chunk[head.name])})[head.name]
-                )
+                rows = self._streamed.acquire(index)[head.name]
+                yield rows if self._bus is None else self._bus.upload({head.name: plain(rows)})[head.name]
                 self._streamed.release(index)
         else:
             assert self._bus is not None
-            for rows in torch.split(plain(self._host[head.name]), max(1, HEAD_CHUNK_ALONE // row_bytes(head))):
-                yield self._bus.upload({head.name: rows})[head.name]
+            for part in torch.split(plain(self._host[head.name]), max(1, HEAD_CHUNK_ALONE // row_bytes(head))):
+                yield self._bus.upload({head.name: part})[head.name]
 
     # Moving
 
@@ -301,7 +298,9 @@ class Weights:
             raise ValueError("a parameter can be on the ramdisk only where it has been copied to")
         ready: dict[str, Weight] = {}
         if destination not in FILE_TIERS:
-            self._check_room(self._tier_of | dict.fromkeys(came_from, destination), self.ring_bytes)
+            self.room.check(
+                self._resident_nbytes(self._tier_of | dict.fromkeys(came_from, destination)), self.ring_bytes
+            )
             for name in came_from:
                 ready[name] = self._bring(name, destination, host_views)
         self._gate.between(lambda: self._settle(destination, came_from, ready, copies))
@@ -334,7 +333,7 @@ class Weights:
             where = {name: copies.get(name) if destination in FILE_TIERS else None for name in came_from}
             manifest = self._sources.relocated(where, destination)
             plan = SweepPlan.of(manifest, tier_of, self._share)
-            self._check_room(tier_of, plan.ring_bytes)
+            self.room.check(self._resident_nbytes(tier_of), plan.nbytes)
         except BaseException:
             self._sources.adopt(self.manifest)
             raise
@@ -357,27 +356,8 @@ class Weights:
             else:
                 self._keep_on_device(name, weight)
 
-    def _check_room(self, tier_of: Mapping[str, Tier], ring_bytes: int) -> None:
-        share = self._share
-        resident = self._resident_nbytes(tier_of)
-        needed = resident + ring_bytes + share.kv_bytes + share.activation_bytes
-        if needed > share.budget_bytes:
-            raise ResourceNotAvailableError(
-                f"the device is full: {resident / MIB:.1f} MB of weights, a ring of {ring_bytes / MIB:.1f}, "
-                f"{share.kv_bytes / MIB:.1f} of KV and {share.activation_bytes / MIB:.1f} of activations need "
-                f"{needed / MIB:.1f} MB, its budget is {share.budget_bytes / MIB:.1f}: move something else away first, "
-                "or raise tiers.device.max_mb"
-            )
-
     def _resident_nbytes(self, tier_of: Mapping[str, Tier]) -> int:
-        """Of what is there the bytes that it takes, of what is to come those that were planned for it."""
-        total = 0
-        for p in self.manifest.parameters:
-            if tier_of[p.name] is Tier.DEVICE:
-                held = self._resident.get(p.name)
-                planned = resident_nbytes(p, self.manifest, self._schemes)
-                total += held.nbytes if isinstance(held, FormedWeight) else planned
-        return total
+        return resident_bytes(self.manifest, tier_of, self._resident, self._schemes)
 
     # What is held and has been done
 
@@ -411,7 +391,8 @@ class Weights:
 
     @property
     def ring_bytes(self) -> int:
-        return self._streamed.ring_bytes
+        """Bytes of the ring, and beside it of the slots of experts."""
+        return self._streamed.nbytes
 
     @property
     def bytes_streamed(self) -> int:
@@ -423,14 +404,24 @@ class Weights:
         """Of these, what came from the ramdisk."""
         return self._rows_ramdisk + self._streamed.bytes_ramdisk
 
+    def used(self, parameter: Parameter) -> tuple[int, float] | None:
+        """How often a parameter of a routed expert was chosen, and when last (Unix time); None for all others."""
+        return self._bindings.expert_use(parameter.expert) if parameter.expert is not None else None
+
     @property
     def io_wait_s(self) -> float:
         """Seconds that the computing thread has waited for the ring so far."""
         return self._streamed.stats.io_wait_s
 
+    @property
+    def resident(self) -> Mapping[str, Weight]:
+        """The device's parameters as they are bound."""
+        return self._resident
+
     def abandon_sweep(self) -> None:
         """After a step that failed half-way: drop what the ring holds; the next step starts a new sweep."""
         self._bindings.unbind(name for name, tier in self._tier_of.items() if tier in FILE_TIERS)
+        self._experts.unbind()
         self._streamed.cancel()
 
     def close(self) -> None:
@@ -439,12 +430,19 @@ class Weights:
         self._gate.between(self._close)
 
     def _close(self) -> None:
+        """The model is as it was: on `meta`, without hooks."""
         self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        if self._head_chunked:
+            del self._head.forward
+            self._head_chunked = False
         self._streamed.close()
         if self._bus is not None:
             self._bus.close()
         self._bindings.close()
-        self._resident.clear()
-        self._host.clear()
-        self._host_views.clear()
+        for held in (self._resident, self._host, self._host_views):
+            held.clear()
+        self._kept.clear()
+        self._handles.clear()
         self._rows = None

@@ -37,6 +37,7 @@ _INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
     "avx512_vnni",
+    "avx512_vbmi2",
     "avx512_bf16",
     "avx512_fp16",
     "amx_bf16",

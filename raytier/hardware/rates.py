@@ -32,7 +32,7 @@ Points = Annotated[tuple[tuple[Annotated[int, Field(ge=1)], Rate], ...], Field(m
 #: Called with what is measured next and the share of the measuring that is done (0..1).
 Progress = Callable[[str, float], None]
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 #: Cores that other work used while rates were measured, from which on they are not trusted.
 BUSY_CORES = 0.15
 #: Packed weights are used where they are faster by this much over all row counts.
@@ -78,6 +78,7 @@ class Rates:
         prompt_flops: arithmetic operations per second of attention between the tokens of prompts; None: not counted.
         matrix_seconds, packed_matrix_seconds: what a linear layer costs beside its bytes: waking all threads.
         overlap, ramdisk_overlap: reading beside computing, on disk and on the ramdisk.
+        decode_bytes_per_s: bytes into which all cores together decode bf16 weights in byte planes; None: not measured.
         other_cores: cores that other work used on average while this was measured.
     """
 
@@ -104,6 +105,7 @@ class Rates:
     packed_matrix_seconds: Seconds = 0.0
     overlap: Overlap = Overlap()
     ramdisk_overlap: Overlap = Overlap()
+    decode_bytes_per_s: Rate | None = None
     other_cores: Seconds = 0.0
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, b
         notes.append(_copies(written, f"{len(nvme.paths)} directories of tiers.nvme.paths", case.rates))
     if ramdisk := _on(case, solution, Tier.RAMDISK):
         notes.append(f"{_mb(ramdisk)} are copied to the ramdisk when the model is loaded")
-    if case.packed:
+    if case.sweeps.packed:
         gain = case.rates.matrix_rate(1, packed=True) / case.rates.matrix_rate(1)
         notes.append(
             f"resident linear layers are packed for the CPU's kernels: measured {gain:.2f}x as fast at one row, "
@@ -197,11 +197,13 @@ def explain_refusal(case: Case, solver: Solver) -> str:
         while not fits(capacity.device, capacity.nvme, blocks):
             blocks = max(2, blocks * 3 // 4)
         changes.append(f"lower kv.expected_context to {(blocks - 1) * demand.block_size}")
-    if needed <= case.budgets.device_capacity:
-        changes.append(f"raise tiers.device.max_mb to {ceil(needed / MIB)}")
+    if held := case.budgets.device_held:
+        changes.append(f"unload other models, which hold {_mb(held)} of the device")
+    if needed + held <= case.budgets.device_capacity:
+        changes.append(f"raise tiers.device.max_mb to {ceil((needed + held) / MIB)}")
     else:
         changes.append(
-            f"free {_mb(needed - case.budgets.device_capacity)} more memory for the device (this machine offers "
+            f"free {_mb(needed + held - case.budgets.device_capacity)} more memory for the device (this machine offers "
             f"{_mb(case.budgets.device_capacity)}; tiers.device.max_utilization and reserved_mb limit it)"
         )
     if activations > needed - capacity.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from raytier.config import MIB, AppConfig
@@ -44,7 +44,8 @@ _DEFAULT_RAMDISK = "/dev/shm"
 class Budgets:
     """Bytes per tier of one node and one device; `explanation` says how they came about.
 
-    `device_capacity` is what the device budget could be without `tiers.device.max_mb`.
+    `device_capacity` is what the device budget could be without `tiers.device.max_mb`; `device_held` is what other
+    models hold of the device, beside these budgets.
     """
 
     device_bytes: int
@@ -53,6 +54,37 @@ class Budgets:
     device_capacity: int
     explanation: tuple[str, ...] = ()
     ramdisk_bytes: int = 0
+    device_held: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes that models on a node hold of each tier; of nvme in its own directories, not in checkpoints."""
+
+    device_bytes: int = 0
+    host_bytes: int = 0
+    ramdisk_bytes: int = 0
+    nvme_bytes: int = 0
+
+
+def left_of(budgets: Budgets, held: Held) -> Budgets:
+    """What is left for one more model."""
+    taken = {
+        "device": held.device_bytes,
+        "host": held.host_bytes,
+        "ramdisk": held.ramdisk_bytes,
+        "nvme": held.nvme_bytes,
+    }
+    lines = [f"{tier}: {_mb(nbytes)} of it are held by other models" for tier, nbytes in taken.items() if nbytes]
+    return replace(
+        budgets,
+        device_bytes=max(0, budgets.device_bytes - held.device_bytes),
+        host_bytes=max(0, budgets.host_bytes - held.host_bytes),
+        ramdisk_bytes=max(0, budgets.ramdisk_bytes - held.ramdisk_bytes),
+        nvme_bytes=max(0, budgets.nvme_bytes - held.nvme_bytes),
+        device_held=budgets.device_held + held.device_bytes,
+        explanation=(*budgets.explanation, *lines),
+    )
 
 
 def resolve_kind(inventory: NodeInventory, config: AppConfig) -> DeviceKind:
@@ -101,7 +133,7 @@ def kv_directories(config: AppConfig) -> tuple[str, ...]:
     return tuple(os.path.join(path, "kv") for path in nvme.paths or (config.cache_dir,))
 
 
-def planned_paths(config: AppConfig, model_dir: str) -> tuple[str, ...]:
+def planned_paths(config: AppConfig, model_dir: str | None = None) -> tuple[str, ...]:
     """The paths whose disks an inventory must hold for this configuration to be planned (`take_inventory`)."""
     ramdisk = ramdisk_directory(config)
     paths = (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import AppConfig
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import Budgets, DeviceKind
-from raytier.planner.cost import Sweep, describe_sweep, predict_step
+from raytier.planner.cost import Sweep, SweepModel, predict_step
 from raytier.planner.plan import Prediction, TierSchemes
 from raytier.planner.sizing import KVDemand, resident_nbytes
 from raytier.planner.solver import Capacity, Solution
@@ -23,9 +24,10 @@ class Case:
     Attributes:
         step_tokens: tokens that a step carries at most (`DevicePlan.max_num_batched_tokens`).
         mixed_tokens: of a step with decodes among them (`DevicePlan.max_mixed_tokens`).
-        activation_bytes: what such a step takes beside weights, KV and ring.
+        activation_bytes: what such a step takes beside weights, KV and ring, and what the reading threads decode with.
         resident: parameters that only the device can hold -> why.
         schemes: what each tier makes of a parameter.
+        sweeps: describes what a sweep does; of this model, kind of device and schemes.
     """
 
     manifest: ModelManifest
@@ -40,28 +42,22 @@ class Case:
     activation_bytes: int
     resident: Mapping[str, str]
     schemes: TierSchemes
+    sweeps: SweepModel
 
     @property
     def capacity(self) -> Capacity:
         budgets = self.budgets
         return Capacity(budgets.device_bytes, budgets.host_bytes, budgets.nvme_bytes, budgets.ramdisk_bytes)
 
-    @property
-    def packed(self) -> bool:
-        """Whether resident linear layers are kept in the layout of the CPU's kernels."""
-        return self.kind == "cpu" and self.rates.packed_pays
-
     def sweep(self, solution: Solution) -> Sweep:
         """What a sweep does under `solution`."""
-        return describe_sweep(
-            self.manifest, solution.tiers, self.kind, solution.ring, packed=self.packed, schemes=self.schemes
-        )
+        return self.sweeps.describe(solution.tiers, solution.ring)
 
     def step(self, solution: Solution, batch: int = 1) -> Prediction:
         """The predicted decode step under `solution`, at the expected context."""
         return predict_step(self.sweep(solution), self.rates, batch, self.demand.context)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """All weights, if all were resident."""
         return sum(resident_nbytes(p, self.manifest, self.schemes) for p in self.manifest.parameters)

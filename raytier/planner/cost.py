@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raytier.checkpoint.manifest import ModelManifest
+from raytier.checkpoint.manifest import ExpertBank, ModelManifest, Parameter
 from raytier.hardware.rates import Overlap, Rates
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.plan import FILE_TIERS, Prediction, Tier, TierSchemes, WeightPlan
+from raytier.planner.routing import RoutedExperts
 from raytier.planner.sizing import ALIGNMENT_SLACK, Ring, packable, resident_nbytes, token_bytes
 
 BATCHES = (1, 8, 32)
@@ -33,6 +34,7 @@ class SweepUnit:
         head_rows: vocabulary rows of the output head; 0 for a layer.
         decoded_bytes: that are decoded on their way into the ring.
         held_bytes: that what is read takes in the ring.
+        experts: what depends on the router, in none of the other sizes.
     """
 
     disk_bytes: int
@@ -47,6 +49,7 @@ class SweepUnit:
     plain_matrices: int = 0
     decoded_bytes: int = 0
     held_bytes: int = 0
+    experts: tuple[RoutedExperts, ...] = ()
 
     @property
     def ring_bytes(self) -> int:
@@ -73,8 +76,9 @@ class Sweep:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes read from ramdisk and disk in every sweep, embedding rows left out."""
-        return sum(unit.disk_bytes + unit.ramdisk_bytes for unit in self.units)
+        """Bytes read from ramdisk and disk in every sweep, embedding rows left out, with the experts of one token."""
+        routed = (e.share(1) * (e.disk_bytes + e.ramdisk_bytes) for unit in self.units for e in unit.experts)
+        return sum(unit.disk_bytes + unit.ramdisk_bytes for unit in self.units) + round(sum(routed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,85 +116,156 @@ def describe_sweep(
         packed: resident linear layers are in the layout of the CPU's kernels (`DevicePlan.packed`).
         schemes: what each tier makes of a parameter; None: nothing.
     """
-    schemes = schemes or TierSchemes()
-    count = manifest.num_layers
-    disk, ramdisk, decoded, held, bus, fast, plain, fast_count, plain_count = ([0] * count for _ in range(9))
-    for p in manifest.parameters:
-        if p.layer is None:
-            continue
-        tier = tier_of[p.name]
-        on_device = tier is Tier.DEVICE
-        nbytes = resident_nbytes(p, manifest, schemes) if on_device else schemes.held_nbytes(p, tier)
-        is_fast = packed and packable(p, manifest, tier)
-        (fast if is_fast else plain)[p.layer] += nbytes
-        (fast_count if is_fast else plain_count)[p.layer] += len(p.shape) > 1
-        disk[p.layer] += schemes.file_nbytes(p, tier) if tier is Tier.NVME else 0
-        ramdisk[p.layer] += schemes.file_nbytes(p, tier) if tier is Tier.RAMDISK else 0
-        decoded[p.layer] += schemes.decoded_nbytes(p, tier) if tier in FILE_TIERS else 0
-        held[p.layer] += nbytes if tier in FILE_TIERS else 0
-        bus[p.layer] += nbytes if kind == "cuda" and not on_device else 0
-    units = [
-        SweepUnit(
-            disk[layer],
-            ramdisk[layer],
-            bus[layer],
-            fast[layer],
-            plain[layer],
-            sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)),
-            max(((kv.sliding_window or 0) for kv in manifest.kv_of(layer)), default=0),
-            packed_matrices=fast_count[layer],
-            plain_matrices=plain_count[layer],
-            decoded_bytes=decoded[layer],
-            held_bytes=held[layer],
-        )
-        for layer in range(count)
-    ]
+    return SweepModel(manifest, kind, packed, schemes or TierSchemes()).describe(tier_of, ring)
 
-    head = manifest.by_name[manifest.head]
-    tier = tier_of[head.name]
-    rows = ring.head_chunk_rows or head.shape[0]
-    streamed = tier in FILE_TIERS
-    whole = resident_nbytes(head, manifest, schemes) if tier is Tier.DEVICE else schemes.held_nbytes(head, tier)
-    for start in range(0, head.shape[0], rows):
-        part = min(rows, head.shape[0] - start)
-        nbytes = whole * part // head.shape[0]
-        file_bytes = schemes.file_nbytes(head, tier) * part // head.shape[0]
-        is_fast = packed and packable(head, manifest, tier)
-        units.append(
-            SweepUnit(
-                disk_bytes=file_bytes if tier is Tier.NVME else 0,
-                ramdisk_bytes=file_bytes if tier is Tier.RAMDISK else 0,
-                decoded_bytes=nbytes if schemes.decoded_nbytes(head, tier) else 0,
-                held_bytes=nbytes if streamed else 0,
-                bus_bytes=nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0,
-                packed_bytes=nbytes if is_fast else 0,
-                plain_bytes=0 if is_fast else nbytes,
-                head_rows=part,
-                packed_matrices=int(is_fast),
-                plain_matrices=int(not is_fast),
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a parameter adds to the unit of its layer on one tier; sizes as in `SweepUnit`."""
+
+    disk: int
+    ramdisk: int
+    bus: int
+    fast: int
+    plain: int
+    decoded: int
+    held: int
+    fast_count: int
+    plain_count: int
+
+
+class SweepModel:
+    """Describes sweeps of one model under many placements: what a placement does not change is found out once.
+
+    Attributes:
+        packed: resident linear layers are kept in the layout of the CPU's kernels.
+    """
+
+    def __init__(self, manifest: ModelManifest, kind: DeviceKind, packed: bool, schemes: TierSchemes) -> None:
+        self._manifest = manifest
+        self._kind = kind
+        self.packed = packed
+        self._schemes = schemes
+        layers = range(manifest.num_layers)
+        self._kv = [sum(kv.token_bytes(manifest.compute_dtype) for kv in manifest.kv_of(layer)) for layer in layers]
+        self._windows = [max(((kv.sliding_window or 0) for kv in manifest.kv_of(n)), default=0) for n in layers]
+        self._dense: list[list[tuple[str, dict[Tier, _Part]]]] = [[] for _ in layers]
+        self._banks: list[list[ExpertBank]] = [[] for _ in layers]
+        for bank in manifest.experts:
+            self._banks[bank.layer].append(bank)
+        #: Per bank, names of parameters that are alike on every tier, and what each of them adds.
+        self._routed: dict[str, dict[tuple[_Part, ...], list[str]]] = {bank.name: {} for bank in manifest.experts}
+        made: dict[object, dict[Tier, _Part]] = {}
+        for p in manifest.parameters:
+            if p.layer is None:
+                continue
+            alike = p.shape, p.dtype, p.own_dtype, p.expert is None, *(schemes.of(p.name, tier) for tier in Tier)
+            key = (*alike, p.name) if p.expert is None else alike
+            if key not in made:
+                made[key] = {tier: self._part(p, tier) for tier in Tier}
+            if p.expert is None:
+                self._dense[p.layer].append((p.name, made[key]))
+            else:
+                self._routed[p.expert.bank].setdefault(tuple(made[key].values()), []).append(p.name)
+
+    def _part(self, p: Parameter, tier: Tier) -> _Part:
+        on_device, streamed = tier is Tier.DEVICE, tier in FILE_TIERS
+        schemes = self._schemes
+        nbytes = resident_nbytes(p, self._manifest, schemes) if on_device else schemes.held_nbytes(p, tier)
+        fast = self.packed and packable(p, self._manifest, tier)
+        matrix = len(p.shape) > 1
+        return _Part(
+            disk=schemes.file_nbytes(p, tier) if tier is Tier.NVME else 0,
+            ramdisk=schemes.file_nbytes(p, tier) if tier is Tier.RAMDISK else 0,
+            bus=nbytes if self._kind == "cuda" and not on_device else 0,
+            fast=nbytes if fast else 0,
+            plain=0 if fast else nbytes,
+            decoded=schemes.decoded_nbytes(p, tier) if streamed else 0,
+            held=nbytes if streamed else 0,
+            fast_count=int(fast and matrix),
+            plain_count=int(not fast and matrix),
+        )
+
+    def describe(self, tier_of: Mapping[str, Tier], ring: Ring) -> Sweep:
+        """What one sweep reads and computes under a placement."""
+        manifest, kind, packed, schemes = self._manifest, self._kind, self.packed, self._schemes
+        units = []
+        for layer, dense in enumerate(self._dense):
+            parts = [found[tier_of[name]] for name, found in dense]
+            units.append(
+                SweepUnit(
+                    sum(part.disk for part in parts),
+                    sum(part.ramdisk for part in parts),
+                    sum(part.bus for part in parts),
+                    sum(part.fast for part in parts),
+                    sum(part.plain for part in parts),
+                    self._kv[layer],
+                    self._windows[layer],
+                    packed_matrices=sum(part.fast_count for part in parts),
+                    plain_matrices=sum(part.plain_count for part in parts),
+                    decoded_bytes=sum(part.decoded for part in parts),
+                    held_bytes=sum(part.held for part in parts),
+                    experts=tuple(self._experts(bank, tier_of) for bank in self._banks[layer]),
+                )
             )
+
+        head = manifest.by_name[manifest.head]
+        tier = tier_of[head.name]
+        rows = ring.head_chunk_rows or head.shape[0]
+        streamed = tier in FILE_TIERS
+        whole = resident_nbytes(head, manifest, schemes) if tier is Tier.DEVICE else schemes.held_nbytes(head, tier)
+        for start in range(0, head.shape[0], rows):
+            part = min(rows, head.shape[0] - start)
+            nbytes = whole * part // head.shape[0]
+            file_bytes = schemes.file_nbytes(head, tier) * part // head.shape[0]
+            is_fast = packed and packable(head, manifest, tier)
+            units.append(
+                SweepUnit(
+                    disk_bytes=file_bytes if tier is Tier.NVME else 0,
+                    ramdisk_bytes=file_bytes if tier is Tier.RAMDISK else 0,
+                    decoded_bytes=nbytes if schemes.decoded_nbytes(head, tier) else 0,
+                    held_bytes=nbytes if streamed else 0,
+                    bus_bytes=nbytes if kind == "cuda" and tier is not Tier.DEVICE else 0,
+                    packed_bytes=nbytes if is_fast else 0,
+                    plain_bytes=0 if is_fast else nbytes,
+                    head_rows=part,
+                    packed_matrices=int(is_fast),
+                    plain_matrices=int(not is_fast),
+                )
+            )
+
+        embedding = manifest.by_name[manifest.embedding]
+        row_tier = tier_of[embedding.name]
+        row = embedding.nbytes // embedding.shape[0] + ALIGNMENT_SLACK
+        by_rows = row_tier in (Tier.RAMDISK, Tier.NVME)
+        return Sweep(
+            kind,
+            tuple(units),
+            ring.nbytes,
+            token_bytes(manifest),
+            manifest.hidden_size,
+            row if by_rows else 0,
+            row_tier if by_rows else Tier.NVME,
         )
 
-    embedding = manifest.by_name[manifest.embedding]
-    row_tier = tier_of[embedding.name]
-    row = embedding.nbytes // embedding.shape[0] + ALIGNMENT_SLACK
-    by_rows = row_tier in (Tier.RAMDISK, Tier.NVME)
-    return Sweep(
-        kind,
-        tuple(units),
-        ring.nbytes,
-        token_bytes(manifest),
-        manifest.hidden_size,
-        row if by_rows else 0,
-        row_tier if by_rows else Tier.NVME,
-    )
+    def _experts(self, bank: ExpertBank, tier_of: Mapping[str, Tier]) -> RoutedExperts:
+        disk = ramdisk = bus = plain = matrices = 0
+        for parts, names in self._routed[bank.name].items():
+            count = Counter(map(tier_of.__getitem__, names))
+            for tier, part in zip(Tier, parts, strict=True):
+                disk += part.disk * count[tier]
+                ramdisk += part.ramdisk * count[tier]
+                bus += part.bus * count[tier]
+                plain += part.plain * count[tier]
+                matrices += part.plain_count * count[tier]
+        return RoutedExperts(bank.num_experts, bank.per_token, disk, ramdisk, bus, plain, matrices)
 
 
 def sweep_of(manifest: ModelManifest, plan: WeightPlan) -> Sweep:
     """What one sweep of a planned model reads and computes."""
     device = plan.devices[0]
     units = device.window + 1 if device.ring_bytes else 0
-    ring = Ring(units, device.ring_bytes // max(1, units), device.head_chunk_rows)
+    ring = Ring(units, device.ring_bytes // max(1, units), device.head_chunk_rows, 1, device.expert_bytes)
     kind: DeviceKind = "cuda" if device.kind == "cuda" else "cpu"
     return describe_sweep(manifest, plan.tier_of, kind, ring, packed=device.packed, schemes=plan.schemes)
 
@@ -216,13 +291,21 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     disk = [u.disk_bytes / rates.disk_read_bytes_per_s for u in sweep.units]
     ramdisk = [u.ramdisk_bytes / _ramdisk_rate(rates) for u in sweep.units]
     # Files share the reading threads; the bus works on another unit at the same time: the slower one sets the pace.
-    io = [max(d + r, u.bus_bytes / bus_rate) for u, d, r in zip(sweep.units, disk, ramdisk, strict=True)]
-    matrix = [_matrix_seconds(u, rates, load) for u in sweep.units]
+    # A thread decodes what it has read before it reads on, so the longer of both does not hide all of the shorter one:
+    # half of it, as a step of a small model took that was both.
+    decode = [u.decoded_bytes / rates.decode_bytes_per_s if rates.decode_bytes_per_s else 0.0 for u in sweep.units]
+    read = [d + r for d, r in zip(disk, ramdisk, strict=True)]
+    arrive = [max(r, d) + min(r, d) / 2 for r, d in zip(read, decode, strict=True)]
+    io = [max(a, u.bus_bytes / bus_rate) for u, a in zip(sweep.units, arrive, strict=True)]
+    matrix = [_matrix_seconds(u, rates, load) + _expert_seconds(u, rates, load) for u in sweep.units]
+    # Nothing else goes on while chosen experts are waited for: their layer computes, and the disk is theirs.
+    fetching = sum(_fetch_seconds(u, rates, load, bus_rate) for u in sweep.units)
     attention = [_attention_seconds(u, rates, load) + _prompt_seconds(u, sweep, rates, load) for u in sweep.units]
     calls = [_call_seconds(u, rates, load) for u in sweep.units]
-    # A GPU computes while the calls for the next operations are made.
+    # A GPU computes while the calls for the next operations are made; on a CPU decoding takes cores from computing.
     work = [
-        max(m + a, c) if sweep.kind == "cuda" else m + a + c for m, a, c in zip(matrix, attention, calls, strict=True)
+        max(m + a, c) if sweep.kind == "cuda" else m + a + c + d
+        for m, a, c, d in zip(matrix, attention, calls, decode, strict=True)
     ]
 
     row_rate = rates.disk_read_bytes_per_s if sweep.row_tier is Tier.NVME else _ramdisk_rate(rates)
@@ -235,8 +318,8 @@ def predict(sweep: Sweep, rates: Rates, load: StepLoad) -> Prediction:
     seconds = sweep_seconds([0.0, *io_slowed], work_slowed, [0, *(u.ring_bytes for u in sweep.units)], sweep.ring_bytes)
     return Prediction(
         batch=load.sequences,
-        seconds=seconds,
-        io_seconds=lookup + sum(io),
+        seconds=seconds + fetching,
+        io_seconds=lookup + sum(io) + fetching,
         compute_seconds=sum(matrix),
         attention_seconds=sum(attention),
         overhead_seconds=around - lookup + sum(calls),
@@ -251,6 +334,22 @@ def _ramdisk_rate(rates: Rates) -> float:
 def _matrix_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
     rows = load.sampled if unit.head_rows else load.rows
     return unit.packed_bytes / rates.matrix_rate(rows, packed=True) + unit.plain_bytes / rates.matrix_rate(rows)
+
+
+def _expert_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
+    """Computing on the chosen experts, each with its tokens."""
+    return sum(e.share(load.rows) * e.plain_bytes / rates.matrix_rate(e.tokens_each(load.rows)) for e in unit.experts)
+
+
+def _fetch_seconds(unit: SweepUnit, rates: Rates, load: StepLoad, bus_rate: float) -> float:
+    """Fetching the chosen experts from files, and bringing them to a GPU, one beside the other."""
+    return sum(
+        e.share(load.rows)
+        * max(
+            e.disk_bytes / rates.disk_read_bytes_per_s + e.ramdisk_bytes / _ramdisk_rate(rates), e.bus_bytes / bus_rate
+        )
+        for e in unit.experts
+    )
 
 
 def _attention_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
@@ -273,7 +372,9 @@ def _prompt_seconds(unit: SweepUnit, sweep: Sweep, rates: Rates, load: StepLoad)
 
 
 def _call_seconds(unit: SweepUnit, rates: Rates, load: StepLoad) -> float:
-    matrices = unit.packed_matrices * rates.packed_matrix_seconds + unit.plain_matrices * rates.matrix_seconds
+    routed = sum(e.share(load.rows) * e.plain_matrices for e in unit.experts)
+    plain_matrices = unit.plain_matrices + routed
+    matrices = unit.packed_matrices * rates.packed_matrix_seconds + plain_matrices * rates.matrix_seconds
     if unit.head_rows:
         logits = load.sampled * unit.head_rows
         return matrices + (logits / rates.logits_per_s if rates.logits_per_s is not None else 0.0)

@@ -8,18 +8,18 @@ from functools import partial
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
 from raytier.config import AppConfig, Placement
-from raytier.errors import BudgetError
+from raytier.errors import BudgetError, RaytierError, ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.planner.advice import LeftOut, explain_refusal, plan_notes, plan_warnings
-from raytier.planner.budgets import DeviceKind, Started, node_budgets, resolve_kind
+from raytier.planner.budgets import Budgets, DeviceKind, Started, node_budgets, resolve_kind
 from raytier.planner.case import Case
-from raytier.planner.cost import BATCHES, predict_first_token, predict_step
+from raytier.planner.cost import BATCHES, SweepModel, predict_first_token, predict_step
 from raytier.planner.kv_tiers import gateway_bytes, plan_kv_below, staging_bytes
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
-from raytier.planner.schemes import tier_schemes
-from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, resident_nbytes
+from raytier.planner.schemes import compressions, tier_schemes
+from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, reader_bytes, resident_nbytes
 from raytier.planner.solver import CLEARLY_FASTER, Capacity, Depth, Solution, Solver, depths
 from raytier.planner.step_tokens import LEAST_TOKENS, step_tokens
 
@@ -29,6 +29,10 @@ KV_SHARE_OF_REST = 0.6
 FIRST_STEP_TOKENS = 512
 #: Of the device's budget, activations of a step that the planner chooses take at most this share.
 ACTIVATION_SHARE = 0.1
+#: Compression that is automatic has to make a step so much faster: it costs space, and predictions are not exact.
+COMPRESSION_PAYS = 0.95
+#: What processors that compute on weights with coded exponents have.
+_CODED = "avx512_vbmi2"
 #: A tier is left out only if it would not pay either with reads so much slower than measured.
 SLOWER_READS = 0.8
 
@@ -53,6 +57,7 @@ def plan_weights(
     kind: DeviceKind | None = None,
     device_index: int = 0,
     started: Started = "nothing",
+    budgets: Budgets | None = None,
 ) -> WeightPlan:
     """Plan one model for one node.
 
@@ -60,28 +65,66 @@ def plan_weights(
         config: what the model wishes included (`ModelDescription.configure`).
         kind: device to plan for; None = what `config.compute.device` means here.
         started: which processes run already (see `node_budgets`).
+        budgets: what the model may take; None = what the node has (`node_budgets`).
 
     Raises:
         BudgetError: the budgets cannot hold the model; with the numbers and what would make it fit.
         ResourceNotAvailableError: the asked-for device does not exist.
     """
     kind = resolve_kind(inventory, config) if kind is None else kind
+    chosen: WeightPlan | None = None
+    refused: RaytierError | None = None
+    options = compressions(config)
+    for option in options if rates.decode_bytes_per_s else options[:1]:
+        try:
+            found = _plan(manifest, inventory, rates, option, kind, device_index, started, budgets)
+        except (BudgetError, ResourceNotAvailableError) as error:
+            refused = refused or error
+            continue
+        if chosen is None or found.predictions[0].seconds <= COMPRESSION_PAYS * chosen.predictions[0].seconds:
+            chosen = found
+    if chosen is None:
+        assert refused is not None
+        raise refused
+    if len(options) == 1:
+        return chosen
+    coded = {tier: chosen.schemes.codecs(tier) - {"none"} for tier in FILE_TIERS}
+    told = ", ".join(f"{tier.value} {'zstd-planes' if coded[tier] else 'none'}" for tier in FILE_TIERS)
+    return replace(chosen, notes=(*chosen.notes, f"compression that is auto: {told}, by the measured rates"))
+
+
+def _plan(
+    manifest: ModelManifest,
+    inventory: NodeInventory,
+    rates: Rates,
+    config: AppConfig,
+    kind: DeviceKind,
+    device_index: int,
+    started: Started,
+    budgets: Budgets | None,
+) -> WeightPlan:
     chosen = config.scheduler.max_num_batched_tokens
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
+    if budgets is None:
+        budgets = node_budgets(inventory, config, kind, device_index=device_index, started=started)
+    schemes = tier_schemes(manifest, config, kind, coded=kind == "cpu" and _CODED in inventory.instruction_sets)
+    packed = kind == "cpu" and rates.packed_pays
     case = Case(
         manifest=manifest,
         inventory=inventory,
         rates=rates,
         config=config,
         kind=kind,
-        budgets=node_budgets(inventory, config, kind, device_index=device_index, started=started),
+        budgets=budgets,
         demand=kv_demand(manifest, config),
         step_tokens=first,
         mixed_tokens=first,
-        activation_bytes=_beside(manifest, config, kind, first),
+        activation_bytes=0,
         resident={p.name: reason for p in manifest.parameters if (reason := always_resident(p, manifest)) is not None},
-        schemes=tier_schemes(manifest, config, kind),
+        schemes=schemes,
+        sweeps=SweepModel(manifest, kind, packed, schemes),
     )
+    case = _with_tokens(case, first)
     if isinstance(chosen, str):
         case = _with_tokens(case, _affordable(case, FIRST_STEP_TOKENS))
         fitted = _fit_tokens(case)
@@ -119,6 +162,7 @@ def plan_weights(
                 budget_bytes=case.capacity.device,
                 resident_bytes=sizes[Tier.DEVICE],
                 ring_bytes=solution.ring.nbytes,
+                expert_bytes=solution.ring.expert_bytes,
                 window=solution.ring.window,
                 head_chunk_rows=solution.ring.head_chunk_rows,
                 block_size=case.demand.block_size,
@@ -127,7 +171,7 @@ def plan_weights(
                 activation_bytes=case.activation_bytes,
                 max_num_batched_tokens=case.step_tokens,
                 max_mixed_tokens=case.mixed_tokens,
-                packed=case.packed,
+                packed=packed,
             ),
         ),
         host_bytes=sizes[Tier.HOST],
@@ -159,14 +203,12 @@ def _least_tokens(case: Case) -> int:
 
 
 def _with_tokens(case: Case, tokens: int) -> Case:
-    nbytes = _beside(case.manifest, case.config, case.kind, tokens)
+    manifest, config = case.manifest, case.config
+    nbytes = activation_bytes(manifest, tokens, config.scheduler.max_num_seqs)
+    nbytes += reader_bytes(manifest, case.schemes, config.tiers.nvme.io_threads)
+    if case.kind == "cpu":  # for KV on its way to the disk and back
+        nbytes += gateway_bytes(manifest, config) + staging_bytes(manifest, config)
     return replace(case, step_tokens=tokens, mixed_tokens=tokens, activation_bytes=nbytes)
-
-
-def _beside(manifest: ModelManifest, config: AppConfig, kind: DeviceKind, tokens: int) -> int:
-    """Bytes of the device for a step of `tokens` tokens, and, on a CPU, for KV on its way to the disk and back."""
-    passing = gateway_bytes(manifest, config) + staging_bytes(manifest, config) if kind == "cpu" else 0
-    return activation_bytes(manifest, tokens, config.scheduler.max_num_seqs) + passing
 
 
 def _affordable(case: Case, tokens: int) -> int:
@@ -207,7 +249,7 @@ def _solver(case: Case, device_room: int) -> tuple[RuleResult, Solver]:
     room = {tier: case.capacity.room(tier) for tier in Tier} | {Tier.DEVICE: device_room}
     rules = apply_rules(case.manifest, case.config.placement.rules, room, case.resident, partial(_nbytes, case))
     fixed = dict.fromkeys(case.resident, Tier.DEVICE) | rules.tiers
-    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes)
+    return rules, Solver(case.manifest, case.kind, case.rates, fixed, case.activation_bytes, case.schemes, case.sweeps)
 
 
 def _fit_rules(case: Case) -> _Fitted | None:
@@ -265,7 +307,7 @@ def _rule_rooms(case: Case) -> tuple[int, ...]:
     room = case.capacity.device - case.resident_bytes - case.activation_bytes - case.expected_kv_bytes
     layer = [0] * manifest.num_layers
     for p in manifest.parameters:
-        if p.layer is not None and p.name not in case.resident:
+        if p.layer is not None and p.expert is None and p.name not in case.resident:
             layer[p.layer] += _nbytes(case, p, Tier.DEVICE)
     return max(0, room), max(0, room - 2 * max(layer, default=0)), 0
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from math import prod
 
 from raytier.checkpoint.manifest import Parameter
+from raytier.codecs.codec import RATIOS
 from raytier.codecs.scheme import PLAIN, Scheme
 
 
@@ -24,15 +25,6 @@ class Tier(StrEnum):
 #: Tiers whose parameters are read into the ring in every sweep.
 FILE_TIERS = (Tier.RAMDISK, Tier.NVME)
 
-
-#: What codecs make of a byte of weights where no sample of them has been coded: of the elements of plain forms, and of
-#: what else there is.
-_RATIOS = {
-    "zstd-planes": {"bfloat16": 0.68, "float16": 0.86, "float32": 0.84},
-    "zstd": {"bfloat16": 0.79, "float16": 0.93, "float32": 0.93},
-}
-
-
 #: Upper estimate of what coded exponents leave of bf16 weights.
 _CODED_RATIO = 0.72
 
@@ -46,7 +38,7 @@ class TierSchemes:
     """
 
     by_tier: Mapping[Tier, Mapping[str, Scheme]] = field(default_factory=dict)
-    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: _RATIOS)
+    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: RATIOS)
 
     def of(self, name: str, tier: Tier) -> Scheme:
         return self.by_tier.get(tier, {}).get(name, PLAIN)
@@ -69,6 +61,10 @@ class TierSchemes:
         """Bytes that are decoded to have a parameter once."""
         coded = self.of(parameter.name, tier).codec.name != "none"
         return self.held_nbytes(parameter, tier) if coded else 0
+
+    def codecs(self, tier: Tier) -> frozenset[str]:
+        """Names of the codecs in a tier's files."""
+        return frozenset(scheme.codec.name for scheme in self.by_tier.get(tier, {}).values())
 
     def converted(self, tier: Tier) -> frozenset[str]:
         """Names of what a tier does not hold as the checkpoint does."""
@@ -95,14 +91,16 @@ class ParameterPlacement:
 class DevicePlan:
     """What one device holds. All sizes in bytes.
 
-    `resident_bytes + ring_bytes + kv_bytes + activation_bytes <= budget_bytes` always holds.
+    `resident_bytes + ring_bytes + expert_bytes + kv_bytes + activation_bytes <= budget_bytes` always holds.
 
     Attributes:
         kind: "cpu" or "cuda".
         layer_start, layer_stop: decoder layers run here.
         ring_bytes: ring of streamed bytes; 0 when nothing streams.
+        expert_bytes: for routed experts that are fetched when the router has chosen them.
         window: decoder layers that the ring can hold ahead of the one that computes.
         head_chunk_rows: vocabulary rows per chunk of a streamed output head; 0 when it is resident.
+        activation_bytes: of a step's activations, and of what the reading threads decode with.
         kv_blocks: KV blocks of `block_size` tokens, the null block included.
         max_num_batched_tokens: tokens that one step carries at most.
         max_mixed_tokens: tokens of a step that brings running streams their next ones, which wait for all of it.
@@ -126,9 +124,10 @@ class DevicePlan:
     max_num_batched_tokens: int
     max_mixed_tokens: int
     packed: bool
+    expert_bytes: int = 0
 
     def __post_init__(self) -> None:
-        used = self.resident_bytes + self.ring_bytes + self.kv_bytes + self.activation_bytes
+        used = self.resident_bytes + self.ring_bytes + self.expert_bytes + self.kv_bytes + self.activation_bytes
         if used > self.budget_bytes:
             raise ValueError(f"device {self.index}: {used} bytes planned in a budget of {self.budget_bytes}")
 

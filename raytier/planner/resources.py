@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory
+from raytier.planner.budgets import DeviceKind
 from raytier.planner.plan import ResourcePlan, WeightPlan
 
 #: Shares of a CPU: Ray only counts them; the compute process sets its own thread count.
@@ -15,18 +16,26 @@ _TOLERANCE = 1e-6
 
 
 def plan_resources(plan: WeightPlan, inventory: NodeInventory) -> ResourcePlan:
+    """Bundles of an application whose only model is planned; raises as `node_resources`."""
+    device = plan.devices[0]
+    return node_resources(inventory, "cuda" if device.kind == "cuda" else "cpu", plan.host_bytes, device.index)
+
+
+def node_resources(inventory: NodeInventory, kind: DeviceKind, host_bytes: int, device_index: int = 0) -> ResourcePlan:
     """Bundles of one application: the replica first, then device, host pool, disk tier and KV actor, on one node.
+
+    Args:
+        host_bytes: memory that the host pool asks Ray for.
 
     Raises:
         ResourceNotAvailableError: the plan is for a GPU that the inventory lacks.
     """
-    device = plan.devices[0]
-    if device.kind == "cuda" and device.index >= len(inventory.gpus):
+    if kind == "cuda" and device_index >= len(inventory.gpus):
         raise ResourceNotAvailableError(
-            f"the plan uses GPU {device.index}, node {inventory.hostname} has {len(inventory.gpus)}"
+            f"the plan uses GPU {device_index}, node {inventory.hostname} has {len(inventory.gpus)}"
         )
-    compute = {"CPU": DEVICE_SHARE} | ({"GPU": 1.0} if device.kind == "cuda" else {})
-    host = {"CPU": SMALL_SHARE} | ({"memory": float(plan.host_bytes)} if plan.host_bytes else {})
+    compute = {"CPU": DEVICE_SHARE} | ({"GPU": 1.0} if kind == "cuda" else {})
+    host = {"CPU": SMALL_SHARE} | ({"memory": float(host_bytes)} if host_bytes else {})
     return ResourcePlan(
         roles=("replica", "device", "host", "disk", "kv"),
         bundles=({"CPU": SMALL_SHARE}, compute, host, {"CPU": SMALL_SHARE}, {"CPU": SMALL_SHARE}),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter, Role
-from raytier.codecs.codec import NONE, Codec
+from raytier.codecs.codec import NONE, RATIOS, Codec
 from raytier.codecs.forms import Form, form_of
 from raytier.codecs.scheme import Scheme
 from raytier.config import AppConfig
@@ -15,13 +16,17 @@ from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
 from raytier.planner.rules import matches
 
 
-def tier_schemes(manifest: ModelManifest, config: AppConfig, kind: DeviceKind) -> TierSchemes:
+def tier_schemes(manifest: ModelManifest, config: AppConfig, kind: DeviceKind, *, coded: bool = False) -> TierSchemes:
     """What the configuration makes of every parameter for a device of `kind`.
 
     Parameters of one dimension stay as they are, and so does an input embedding, whose rows are read one by one; where
     it is tied to the output head, its rows come from the checkpoint.
+
+    Args:
+        coded: the device computes on weights with coded exponents.
     """
-    schemes = TierSchemes({tier: dict(_schemes(manifest, config, tier)) for tier in Tier})
+    ratios = {codec: {**known, **manifest.ratios.get(codec, {})} for codec, known in RATIOS.items()}
+    schemes = TierSchemes({tier: dict(_schemes(manifest, config, tier, coded)) for tier in Tier}, ratios)
     for tier, named in schemes.by_tier.items():
         for name, scheme in named.items():
             if kind == "cuda" and scheme.form is not None and scheme.form.dtype is None:
@@ -32,25 +37,42 @@ def tier_schemes(manifest: ModelManifest, config: AppConfig, kind: DeviceKind) -
     return schemes
 
 
-def _schemes(manifest: ModelManifest, config: AppConfig, tier: Tier) -> Iterator[tuple[str, Scheme]]:
+def _schemes(manifest: ModelManifest, config: AppConfig, tier: Tier, coded: bool) -> Iterator[tuple[str, Scheme]]:
     codec = _codec(config, tier)
     for parameter in manifest.parameters:
         by_rows = parameter.name == manifest.embedding and not manifest.tied
         if len(parameter.shape) < 2 or parameter.role is Role.OTHER or by_rows:
             continue
-        scheme = Scheme(_form(parameter, config, tier), codec)
+        form = _form(parameter, config, tier)
+        if form is None and coded and _wants_coded(parameter, config, tier):
+            form = form_of("bf16-coded")
+        scheme = Scheme(form, codec)
         if not scheme.plain:
             yield parameter.name, scheme
 
 
 def _codec(config: AppConfig, tier: Tier) -> Codec:
-    compression = config.compression
-    if tier not in FILE_TIERS or not compression.enabled:
-        return NONE
-    name = (compression.nvme if tier is Tier.NVME else compression.ramdisk) or compression.default
-    if name == "auto":
-        return NONE
-    return Codec(name, compression.level)
+    """The codec of a tier's files; what is `auto` has been decided before (`compressions`)."""
+    name = config.compression.of(tier.value)
+    return Codec(name, config.compression.level) if name == "zstd" or name == "zstd-planes" else NONE
+
+
+def _wants_coded(parameter: Parameter, config: AppConfig, tier: Tier) -> bool:
+    possible = parameter.matrix and parameter.dtype == "bfloat16" and parameter.resident is None
+    wanted = config.compression.of(tier.value) == "coded-exponents"
+    return wanted and possible and form_of("bf16-coded").fits(parameter.shape)
+
+
+def compressions(config: AppConfig) -> list[AppConfig]:
+    """The configuration for every way to decide where compression is `auto`: nothing is compressed in the first."""
+    automatic = [tier.value for tier in FILE_TIERS if config.compression.of(tier.value) == "auto"]
+    enabled = [tier for tier in automatic if getattr(config.tiers, tier).enabled]
+    decided = []
+    for names in product(("none", "zstd-planes"), repeat=len(enabled)):
+        chosen = dict.fromkeys(automatic, "none") | dict(zip(enabled, names, strict=True))
+        compression = config.compression.model_copy(update=chosen)
+        decided.append(config.model_copy(update={"compression": compression}))
+    return decided
 
 
 def _form(parameter: Parameter, config: AppConfig, tier: Tier) -> Form | None:

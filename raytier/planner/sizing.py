@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from raytier.checkpoint.manifest import DTYPE_BYTES, Extent, ModelManifest, Parameter, Role
-from raytier.codecs.codec import frame_step
+from raytier.codecs.codec import CODED_REQUEST, FRAME_BYTES
 from raytier.config import MIB, AppConfig
-from raytier.planner.plan import Tier, TierSchemes
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
 
 #: O_DIRECT reads whole 4 KiB blocks at both ends of every contiguous run of bytes.
 ALIGNMENT_SLACK = 8192
@@ -62,11 +62,8 @@ def token_bytes(manifest: ModelManifest) -> int:
     values (at most 3 x the widest key/value width or hidden), gate, up and their product (3 x the widest matrix of a
     layer).
     """
-    width = max(
-        (max(p.shape[-2:]) for p in manifest.parameters if p.role is Role.LAYER and len(p.shape) > 1), default=0
-    )
     qkv = max(max(k.num_kv_heads * max(k.key_dim, k.value_dim), manifest.hidden_size) for k in manifest.kv_layers)
-    return (4 * manifest.hidden_size + 3 * qkv + 3 * width) * DTYPE_BYTES[manifest.compute_dtype]
+    return (4 * manifest.hidden_size + 3 * qkv + 3 * manifest.widest) * DTYPE_BYTES[manifest.compute_dtype]
 
 
 def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> int:
@@ -78,6 +75,16 @@ def activation_bytes(manifest: ModelManifest, tokens: int, sequences: int) -> in
     tokens = min(tokens, sequences * manifest.max_context)
     logits = min(sequences, tokens) * manifest.vocab_size * 3 * 4
     return max(MIB, tokens * token_bytes(manifest) + logits)
+
+
+def reader_bytes(manifest: ModelManifest, schemes: TierSchemes, threads: int) -> int:
+    """What `threads` reading threads hold at most that is not in the ring: a request of coded bytes and the planes of a
+    frame each; nothing where nothing is coded."""
+    coded = [(p, t) for p in manifest.parameters for t in FILE_TIERS if schemes.of(p.name, t).codec.name != "none"]
+    request = max((schemes.held_nbytes(p, tier) for p, tier in coded), default=0)
+    if not request:
+        return 0
+    return threads * (min(CODED_REQUEST, request) + 2 * ALIGNMENT_SLACK + min(FRAME_BYTES, request))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +129,23 @@ def kv_demand(manifest: ModelManifest, config: AppConfig) -> KVDemand:
 class Ring:
     """Ring of streamed bytes: `units` of the largest streamed `unit_bytes`; one of them is being computed on.
 
-    `head_chunk_rows` is 0 when the head is resident.
+    `head_chunk_rows` is 0 when the head is resident. Beside it, `slots` of `slot_bytes` for routed experts that are
+    fetched when they have been chosen.
     """
 
     units: int = 0
     unit_bytes: int = 0
     head_chunk_rows: int = 0
+    slots: int = 0
+    slot_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.units * self.unit_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.slots * self.slot_bytes
 
     @property
     def window(self) -> int:
@@ -160,18 +174,25 @@ def unit_nbytes(sizes: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class HeadSize:
-    """A streamed output head: its rows, ring bytes of all of it (`ring_nbytes`), and decoded bytes of a frame (0: it is
-    not coded)."""
+    """A streamed output head: its rows, ring bytes of all of it (`ring_nbytes`), the rows whose bytes are coded and
+    checked together, of which a chunk holds a multiple, and the rows of a chunk where these are given (else 0)."""
 
     rows: int
     nbytes: int
-    frame: int = 0
+    together: int = 1
+    pieces: int = 0
 
 
 def head_size(head: Parameter, schemes: TierSchemes, tiers: Collection[Tier]) -> HeadSize:
     """As a head is, streamed from one of `tiers`."""
-    frames = [frame_step(n, head.shape[0]) for tier in tiers if (n := schemes.decoded_nbytes(head, tier))]
-    return HeadSize(head.shape[0], ring_nbytes(head, schemes, tiers), max(frames, default=0))
+    forms = {schemes.of(head.name, tier).form for tier in tiers}
+    pieces = max(head.piece_rows(form) for form in forms)
+    return HeadSize(head.shape[0], ring_nbytes(head, schemes, tiers), rows_together(head), pieces)
+
+
+def rows_together(head: Parameter) -> int:
+    """Rows of a head as the checkpoint has it whose bytes are coded and checked together."""
+    return max(1, head.step(head.nbytes) * head.shape[0] // head.nbytes)
 
 
 def plan_ring(units: Sequence[int], head: HeadSize | None, ahead: int, *, economical: bool) -> Ring:
@@ -187,14 +208,18 @@ def plan_ring(units: Sequence[int], head: HeadSize | None, ahead: int, *, econom
         low, high = HEAD_CHUNK
         wanted = min(max(largest, low), high) if count else HEAD_CHUNK_ALONE
         # At least eight chunks, so that a small head is not all in the ring.
-        rows = max(1, int(min(wanted, head.nbytes // 8) / row_bytes))
-        # A frame that two chunks share is decoded for both.
-        largest = max(largest, ceil(rows * row_bytes) + ALIGNMENT_SLACK + min(head.nbytes, 2 * head.frame))
+        rows = head.pieces or chunk_rows(min(wanted, head.nbytes // 8) / row_bytes, head.together)
+        largest = max(largest, ceil(rows * row_bytes) + ALIGNMENT_SLACK)
         count += ceil(head.rows / rows)
     if count == 0:
         return Ring()
     cap = max(2, count // 2) if economical else max(2, count)
     return Ring(min(ahead + 1, cap), -(-largest // 4096) * 4096, rows)
+
+
+def chunk_rows(wanted: float, together: int) -> int:
+    """Rows of a chunk of the output head: about `wanted`, in multiples of those that are coded and checked together."""
+    return max(together, int(wanted) // together * together)
 
 
 def _follows(before: Extent, after: Extent) -> bool:

@@ -14,8 +14,9 @@ from math import ceil
 from raytier.checkpoint.manifest import ModelManifest, Parameter
 from raytier.hardware.rates import Rates
 from raytier.planner.budgets import DeviceKind
-from raytier.planner.cost import CALL_SECONDS, Sweep, describe_sweep, predict_step
+from raytier.planner.cost import CALL_SECONDS, Sweep, SweepModel, predict_step
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
+from raytier.planner.routing import plan_slots
 from raytier.planner.sizing import HeadSize, Ring, head_size, plan_ring, resident_nbytes, ring_nbytes, unit_nbytes
 from raytier.planner.spread import spread
 
@@ -87,6 +88,36 @@ def useful_depth(sweep: Sweep, rates: Rates, unit_bytes: int) -> int:
     return min(DEEPEST, max(MEASURED_DEPTH, ahead))
 
 
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What moves as one: a parameter, or all free ones of a routed expert. Bytes per tier, and when it streams."""
+
+    names: tuple[str, ...]
+    nbytes: Mapping[Tier, int]
+    ring_bytes: int
+
+
+#: Of each share, per layer, positions of items in `_Share.free`.
+_Picks = tuple[list[list[int]], ...]
+
+
+class _Share:
+    """Items of one kind per layer: those that are free to place, and those that rules stream.
+
+    Attributes:
+        fixed_below: per tier, bytes of each layer that are fixed on it or below.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.free: list[list[_Item]] = [[] for _ in range(num_layers)]
+        self.streamed: list[list[_Item]] = [[] for _ in range(num_layers)]
+        self.fixed_below = {tier: [0] * num_layers for tier in LOWER}
+
+    def sizes(self, tier: Tier, picks: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Bytes on a tier of the items at `picks`."""
+        return [[items[i].nbytes[tier] for i in chosen] for items, chosen in zip(self.free, picks, strict=True)]
+
+
 class Solver:
     """Solves for one model on one device; capacities, KV and ring depth vary per call.
 
@@ -95,6 +126,7 @@ class Solver:
             the embedding and the head are the solver's to place.
         activation_bytes: device bytes beside weights, ring and KV.
         schemes: what each tier makes of a parameter.
+        sweeps: of the same model and device.
     """
 
     def __init__(
@@ -105,19 +137,15 @@ class Solver:
         fixed: Mapping[str, Tier],
         activation_bytes: int,
         schemes: TierSchemes,
+        sweeps: SweepModel,
     ) -> None:
         self._manifest = manifest
         self._schemes = schemes
-        self._kind = kind
         self._rates = rates
         self._fixed = dict(fixed)
-        self._packed = kind == "cpu" and rates.packed_pays
         self._streaming = LOWER if kind == "cuda" else LOWER[1:]
+        self._sweeps = sweeps
         self._base = dict.fromkeys(Tier, 0) | {Tier.DEVICE: activation_bytes}
-        self._free: list[list[Parameter]] = [[] for _ in range(manifest.num_layers)]
-        self._fixed_stream: list[list[Parameter]] = [[] for _ in range(manifest.num_layers)]
-        #: Per tier, bytes of each layer that are fixed on it or below.
-        self._fixed_below = {tier: [0] * manifest.num_layers for tier in LOWER}
         self._whole: list[Parameter] = []
         #: Bytes of every parameter on every tier.
         self._nbytes = {
@@ -125,20 +153,52 @@ class Solver:
             Tier.HOST: {p.name: schemes.held_nbytes(p, Tier.HOST) for p in manifest.parameters},
             **{tier: {p.name: schemes.file_nbytes(p, tier) for p in manifest.parameters} for tier in FILE_TIERS},
         }
+        self._ring_nbytes = {p.name: ring_nbytes(p, schemes, self._streaming) for p in manifest.parameters}
+        #: What leaves the device first comes first: of routed experts, a step needs few.
+        self._shares = self._routed, self._dense = _Share(manifest.num_layers), _Share(manifest.num_layers)
+        self._per_token = max((bank.per_token for bank in manifest.experts), default=0)
+        free: dict[tuple[str, int], list[Parameter]] = {}
+        streamed: dict[tuple[str, int], list[Parameter]] = {}
         for p in manifest.parameters:
+            share = self._dense if p.expert is None else self._routed
             tier = self._fixed.get(p.name)
             if tier is None:
-                (self._whole if p.layer is None else self._free[p.layer]).append(p)
+                if p.layer is None:
+                    self._whole.append(p)
+                elif p.expert is None:
+                    share.free[p.layer].append(self._item([p]))
+                else:
+                    free.setdefault((p.expert.bank, p.expert.expert), []).append(p)
                 continue
             self._base[tier] += self._nbytes[tier][p.name]
             if p.layer is None or tier is Tier.DEVICE:
                 continue
             if tier in self._streaming:
-                self._fixed_stream[p.layer].append(p)
+                if p.expert is None:
+                    share.streamed[p.layer].append(self._item([p]))
+                else:
+                    streamed.setdefault((p.expert.bank, p.expert.expert), []).append(p)
             for upper in LOWER[: LOWER.index(tier) + 1]:
-                self._fixed_below[upper][p.layer] += self._nbytes[upper][p.name]
-        self._ring_nbytes = {p.name: ring_nbytes(p, schemes, self._streaming) for p in manifest.parameters}
-        self._free_bytes = self._sum(Tier.DEVICE, self._free)
+                share.fixed_below[upper][p.layer] += self._nbytes[upper][p.name]
+        for bundles, layers in ((free, self._routed.free), (streamed, self._routed.streamed)):
+            for parameters in bundles.values():
+                layer = parameters[0].layer
+                assert layer is not None
+                layers[layer].append(self._item(parameters))
+        parts = (streamed.get(key, []) + free.get(key, []) for key in streamed.keys() | free.keys())
+        self._slot_bytes = max((self._item(expert).ring_bytes for expert in parts), default=0)
+        self._all = tuple([list(range(len(layer))) for layer in share.free] for share in self._shares)
+        self._stored = [(p.name, p.nbytes) for p in manifest.parameters]
+        self._on_device = dict.fromkeys(self._nbytes[Tier.DEVICE], Tier.DEVICE) | self._fixed
+        self._free_bytes = self._sum(Tier.DEVICE, self._all)
+
+    def _item(self, parameters: Sequence[Parameter]) -> _Item:
+        names = tuple(p.name for p in parameters)
+        return _Item(
+            names,
+            {tier: sum(self._nbytes[tier][name] for name in names) for tier in Tier},
+            unit_nbytes([self._ring_nbytes[name] for name in names]),
+        )
 
     def best(self, capacity: Capacity, kv_bytes: int, tried: Sequence[Depth]) -> Solution | None:
         """The solution with the lowest predicted step time; None when nothing fits.
@@ -191,37 +251,54 @@ class Solver:
         if min(room.values()) < 0:
             return None
         device = base[Tier.DEVICE] + kv_bytes
-        sizes = self._sizes(Tier.DEVICE, self._free)
         head = self._streamed_head(whole)
         target = max(0, device + self._free_bytes - capacity.device)
         while True:
-            lowered = spread(sizes, self._fixed_below[self._streaming[0]], target)
-            leaving = [[layer[i] for i in picked] for layer, picked in zip(self._free, lowered, strict=True)]
+            leaving = self._lower(self._all, Tier.DEVICE, self._streaming[0], target)
             leaving_bytes = self._sum(Tier.DEVICE, leaving)
             below = self._cascade(leaving, room)
             if below is None:
                 return None
-            units = [
-                unit_nbytes([self._ring_nbytes[p.name] for p in (*fixed, *streamed)])
-                for fixed, streamed in zip(self._fixed_stream, below[self._streaming[0]], strict=True)
-            ]
-            ring = plan_ring(units, head, depth.layers, economical=depth.automatic)
-            used = device + self._free_bytes - leaving_bytes + ring.nbytes
+            ring = self._ring(below[self._streaming[0]], head, depth)
+            used = device + self._free_bytes - leaving_bytes + ring.nbytes + ring.expert_bytes
             if used <= capacity.device:
                 break
             if leaving_bytes == self._free_bytes:
                 return None
             target = leaving_bytes + used - capacity.device
 
-        tiers = self._fixed | dict(whole) | {p.name: Tier.DEVICE for layer in self._free for p in layer}
-        for tier in LOWER:  # from above, so that the lowest one that a parameter reaches remains
-            tiers |= {p.name: tier for layer in below[tier] for p in layer}
+        tiers = self._on_device | dict(whole)
+        for number, tier in enumerate(LOWER):
+            further = below.get(LOWER[number + 1]) if number + 1 < len(LOWER) else None
+            for s, share in enumerate(self._shares):
+                for layer, items in enumerate(share.free):
+                    passing = set(further[s][layer]) if further is not None else ()
+                    for i in below[tier][s][layer]:
+                        if i not in passing:
+                            for name in items[i].names:
+                                tiers[name] = tier
         moved = leaving_bytes > 0 or any(tier is not Tier.DEVICE for tier in whole.values())
         return Solution(tiers, ring, used - kv_bytes, moved, depth)
 
-    def _cascade(
-        self, leaving: list[list[Parameter]], room: Mapping[Tier, int]
-    ) -> dict[Tier, list[list[Parameter]]] | None:
+    def _ring(self, streamed: _Picks, head: HeadSize | None, depth: Depth) -> Ring:
+        """Ring and slots for what streams."""
+        routed, dense = (
+            [
+                (*fixed, *(items[i] for i in picked))
+                for fixed, items, picked in zip(s.streamed, s.free, picks, strict=True)
+            ]
+            for s, picks in zip(self._shares, streamed, strict=True)
+        )
+        units = [unit_nbytes([item.ring_bytes for item in layer]) for layer in dense]
+        ring = plan_ring(units, head, depth.layers, economical=depth.automatic)
+        most = max(map(len, routed), default=0)
+        if not most:
+            return ring
+        slot = -(-self._slot_bytes // 4096) * 4096
+        slots = plan_slots(most, self._per_token, slot, sparing=depth.layers == 1)
+        return replace(ring, slots=slots, slot_bytes=slot)
+
+    def _cascade(self, leaving: _Picks, room: Mapping[Tier, int]) -> dict[Tier, _Picks] | None:
         """Per tier, what of each layer reaches it or goes on further down; None when the last one has too little room.
 
         Every tier is filled before the next one, and what goes on is spread evenly over the layers.
@@ -229,15 +306,21 @@ class Solver:
         below = {LOWER[0]: leaving}
         for tier, after in pairwise(LOWER):
             here = below[tier]
-            on = spread(self._sizes(tier, here), self._fixed_below[after], self._sum(tier, here) - room[tier])
-            below[after] = [[layer[i] for i in picked] for layer, picked in zip(here, on, strict=True)]
+            below[after] = self._lower(here, tier, after, self._sum(tier, here) - room[tier])
         return below if self._sum(LOWER[-1], below[LOWER[-1]]) <= room[LOWER[-1]] else None
 
-    def _sizes(self, tier: Tier, layers: Sequence[Sequence[Parameter]]) -> list[list[int]]:
-        return [[self._nbytes[tier][p.name] for p in layer] for layer in layers]
+    def _lower(self, here: _Picks, tier: Tier, after: Tier, target: int) -> _Picks:
+        """What of `here` goes on from one tier to the tier after, at least `target` bytes if there are so many."""
+        going = []
+        for share, picks in zip(self._shares, here, strict=True):
+            sizes = share.sizes(tier, picks)
+            on = spread(sizes, share.fixed_below[after], target)
+            target -= sum(sum(map(layer.__getitem__, chosen)) for layer, chosen in zip(sizes, on, strict=True))
+            going.append([[layer[i] for i in chosen] for layer, chosen in zip(picks, on, strict=True)])
+        return tuple(going)
 
-    def _sum(self, tier: Tier, layers: Sequence[Sequence[Parameter]]) -> int:
-        return sum(map(sum, self._sizes(tier, layers)))
+    def _sum(self, tier: Tier, picks: _Picks) -> int:
+        return sum(sum(map(sum, share.sizes(tier, chosen))) for share, chosen in zip(self._shares, picks, strict=True))
 
     def _streamed_head(self, whole: Mapping[str, Tier]) -> HeadSize | None:
         """The output head when it streams. A tied pair is one copy, and as the head it streams whole."""
@@ -253,17 +336,18 @@ class Solver:
         return min(about, key=self._off_device, default=None)
 
     def _sweep(self, solution: Solution) -> Sweep:
-        return describe_sweep(
-            self._manifest, solution.tiers, self._kind, solution.ring, packed=self._packed, schemes=self._schemes
-        )
+        return self._sweeps.describe(solution.tiers, solution.ring)
 
     def _step_seconds(self, solution: Solution) -> float:
         return predict_step(self._sweep(solution), self._rates, 1, 0).seconds
 
     def _off_device(self, solution: Solution) -> tuple[int, int]:
         """Bytes streamed per step from anywhere, bytes off the device."""
-        streamed = sum(unit.ring_bytes for unit in self._sweep(solution).units)
-        off = sum(p.nbytes for p in self._manifest.parameters if solution.tiers[p.name] is not Tier.DEVICE)
+        units = self._sweep(solution).units
+        streamed = sum(unit.ring_bytes for unit in units) + sum(
+            round(e.share(1) * max(e.disk_bytes + e.ramdisk_bytes, e.bus_bytes)) for unit in units for e in unit.experts
+        )
+        off = sum(nbytes for name, nbytes in self._stored if solution.tiers[name] is not Tier.DEVICE)
         return streamed, off
 
 

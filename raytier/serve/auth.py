@@ -20,7 +20,10 @@ from raytier.errors import AccessError, ConfigurationError
 #: What anybody may ask: probes, scrapers and browsers send no keys, and get nothing of a user's here.
 _OPEN = frozenset({"/health", "/version", "/metrics", "/api/docs", "/api/redoc", "/api/openapi.json"})
 #: What changes where models are.
-_ADMIN = frozenset({"/api/models/load", "/api/models/unload", "/api/layers/transfer"})
+_ADMIN = frozenset(
+    {f"/api/models/{operation}" for operation in ("load", "unload", "sleep", "wake", "register")}
+    | {"/api/layers/transfer"}
+)
 
 
 class Keys:
@@ -28,7 +31,7 @@ class Keys:
 
     Args:
         api: let a client call.
-        admin: let it load, unload and move models too. Without these, an API key does.
+        admin: let it load, unload, register and move models too. Without these, an API key does.
     """
 
     def __init__(self, api: Iterable[str] = (), admin: Iterable[str] = ()) -> None:

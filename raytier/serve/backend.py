@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from prometheus_client.core import Metric
@@ -28,8 +29,9 @@ class Backend(Protocol):
         """What /api offers."""
         ...
 
-    async def model(self, model_id: str | None) -> ServedModel:
-        """A model with its engine, waiting for it while it is being loaded; None is the only or the startup model.
+    def using(self, model_id: str | None) -> AbstractAsyncContextManager[ServedModel]:
+        """A model with its engine, which stays until the block ends; waits for one that is being loaded, and wakes one
+        that sleeps. None is the only or the startup model.
 
         Raises:
             ModelNotFoundError: no such model; the message names the known ones.

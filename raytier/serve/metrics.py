@@ -175,6 +175,10 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     yield counter(
         "bytes_decoded", "Bytes into which compressed ones were decoded.", [((model_id,), total.bytes_decoded)]
     )
+    damaged = [((model_id, "ramdisk"), total.damaged_ramdisk)]
+    damaged.append(((model_id, "nvme"), total.damaged - total.damaged_ramdisk))
+    yield counter("reads_damaged", "Reads that did not bring what they should, by tier.", damaged, tier)
+    yield counter("files_mended", "Parameters whose damaged files were made again.", [(one, total.mended)])
     parts = [((model_id, "wait"), total.io_wait_s), ((model_id, "compute"), total.compute_s)]
     text = "Time of steps: waiting for bytes, and the rest."
     yield counter("step_part_seconds", text, parts, ("model_name", "part"))
@@ -184,6 +188,17 @@ def engine_families(model_id: str, stats: EngineStats | None, state: str) -> Ite
     text = "Time of the engine's thread: making steps, waiting for them, and with their results."
     seconds = [((model_id, part), value) for part, value in thread]
     yield counter("engine_loop_seconds", text, seconds, ("model_name", "part"))
+
+
+def merged(families: Iterable[Metric]) -> list[Metric]:
+    """One family for each name, with the samples of all: Prometheus takes no name twice."""
+    found: dict[str, Metric] = {}
+    for family in families:
+        if family.name in found:
+            found[family.name].samples += family.samples
+        else:
+            found[family.name] = family
+    return list(found.values())
 
 
 def counter(name: str, text: str, values: Values, labels: Sequence[str] = ("model_name",)) -> Metric:

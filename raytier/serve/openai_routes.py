@@ -50,25 +50,25 @@ def make_router(backend: Backend, upstream: "Upstream | None" = None) -> APIRout
         "/chat/completions", response_model=ChatCompletion, responses=_GENERATES, summary="Continue a conversation"
     )
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
-        model = await backend.model(body.model)
-        with _in_their_words(body, prompt="messages"):
-            prompt = await in_thread(prepare_chat, model, chat_input(body))
-            generation = await Generation.start(model, [prompt], priority=body.priority or 0)
+        async with backend.using(body.model) as model:
+            with _in_their_words(body, prompt="messages"):
+                prompt = await in_thread(prepare_chat, model, chat_input(body))
+                generation = await Generation.start(model, [prompt], priority=body.priority or 0)
         return await _answer(request, body, generation, ChatWriter(generation, body.include_usage))
 
     @router.post("/completions", response_model=Completion, responses=_GENERATES, summary="Continue raw prompts")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        model = await backend.model(body.model)
         texts = TextInput(body.prompt, body.sampling(), bool(body.echo), body.add_special_tokens)
-        with _in_their_words(body, prompt="prompt"):
-            prompts = await in_thread(prepare_text, model, texts)
-            generation = await Generation.start(model, prompts, priority=body.priority or 0)
+        async with backend.using(body.model) as model:
+            with _in_their_words(body, prompt="prompt"):
+                prompts = await in_thread(prepare_text, model, texts)
+                generation = await Generation.start(model, prompts, priority=body.priority or 0)
         return await _answer(request, body, generation, CompletionWriter(generation, body.include_usage))
 
     @router.get("/models", response_model=ModelList, summary="Models of this server, and of the one behind it")
     async def list_models() -> Response:
         held = backend.model_ids()
-        cards = [_card(model_id, backend.created).model_dump() for model_id in held]
+        cards = [_card(backend, model_id).model_dump() for model_id in held]
         if upstream is not None:
             cards += [card for card in await upstream.models() if card["id"] not in held]
         return JSONResponse({"object": "list", "data": cards})
@@ -83,7 +83,7 @@ def make_router(backend: Backend, upstream: "Upstream | None" = None) -> APIRout
         known = backend.model_ids()
         if model_id not in known:
             raise ModelNotFoundError(f"No model {model_id!r} on this server; known: {', '.join(known)}")
-        return JSONBytes(_card(model_id, backend.created).json_bytes())
+        return JSONBytes(_card(backend, model_id).json_bytes())
 
     return router
 
@@ -135,5 +135,6 @@ async def _answer(request: Request, body: GenerationRequest, generation: Generat
     return JSONBytes(await asyncio.to_thread(lambda: writer.whole(outputs).json_bytes()))
 
 
-def _card(model_id: str, created: int) -> ModelCard:
-    return ModelCard(id=model_id, object="model", created=created, owned_by="raytier")
+def _card(backend: Backend, model_id: str) -> ModelCard:
+    status = backend.runtime.state(model_id)
+    return ModelCard(id=model_id, object="model", created=backend.created, owned_by="raytier", status=status)

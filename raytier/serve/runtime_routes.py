@@ -16,16 +16,21 @@ from raytier.serve.runtime_schema import (
     KVAnswer,
     Layer,
     LayerGroup,
+    ListedModel,
     LoadRequest,
     ModelStatus,
     OperationAnswer,
     Overview,
     PlanAnswer,
+    RegisterAnswer,
+    RegisterRequest,
     ServerStatus,
+    SleepRequest,
     TransferAnswer,
     TransferRequest,
     TransferStatus,
     UnloadRequest,
+    WakeRequest,
 )
 from raytier.serve.schema import ErrorResponse
 
@@ -37,7 +42,7 @@ _TEXTS = {
     429: "The queue of requests is full; see the header Retry-After.",
     503: "An actor does not answer, or the queue of transfers is full.",
 }
-_MODEL = Query(None, description="Absent: the only model.")
+_MODEL = Query(None, description="Absent: the startup model, or the only one.")
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -73,7 +78,10 @@ def make_runtime_router(runtime: Runtime, name: str, version: str) -> APIRouter:
         responses=_errors(400, 404, 409, 422),
     )
     async def load_model(body: LoadRequest) -> OperationAnswer:
-        return await runtime.load_model(body.model_name_or_path, body.compute_device)
+        token = None if body.hf_token is None else body.hf_token.get_secret_value()
+        return await runtime.load_model(
+            body.model_name_or_path, body.compute_device, force_reload=body.force_reload, token=token
+        )
 
     @router.post(
         "/models/unload",
@@ -84,6 +92,39 @@ def make_runtime_router(runtime: Runtime, name: str, version: str) -> APIRouter:
     async def unload_model(body: UnloadRequest | None = None) -> OperationAnswer:
         body = UnloadRequest() if body is None else body
         return await runtime.unload_model(body.model, body.mode)
+
+    @router.post(
+        "/models/sleep",
+        summary="Put a model to sleep; answers when it is",
+        tags=["models"],
+        responses=_errors(404, 409, 422, 503),
+    )
+    async def sleep_model(body: SleepRequest | None = None) -> OperationAnswer:
+        body = SleepRequest() if body is None else body
+        return await runtime.sleep_model(body.model, body.mode)
+
+    @router.post(
+        "/models/wake",
+        status_code=202,
+        summary="Begin to wake a model that sleeps",
+        tags=["models"],
+        responses=_errors(404, 409, 422),
+    )
+    async def wake_model(body: WakeRequest | None = None) -> OperationAnswer:
+        return await runtime.wake_model(None if body is None else body.model)
+
+    @router.post(
+        "/models/register",
+        summary="Add a model to the registry, or change one",
+        tags=["models"],
+        responses=_errors(400, 422),
+    )
+    async def register_model(body: RegisterRequest) -> RegisterAnswer:
+        return await runtime.register_model(body.model, persist=body.persist)
+
+    @router.get("/models", summary="The models of the registry, with their states", tags=["models"])
+    async def list_models() -> list[ListedModel]:
+        return runtime.list_models()
 
     @router.get("/models/status", summary="State of a model", tags=["models"], responses=_errors(404, 422))
     async def model_status(model: str | None = _MODEL) -> ModelStatus:

@@ -6,16 +6,16 @@ handles return.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from raytier.catalog.life import State, UnloadMode
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
 from raytier.kv.ledger import KVStats
 from raytier.planner.plan import DevicePlan, Tier
-from raytier.serve.control import State, UnloadMode
 
 
 def _secret(value: object) -> object:
@@ -49,13 +49,31 @@ class LoadRequest(_Request):
         "auto", description="auto: what the application was started for; anything else must be just that."
     )
     hf_token: Secret = Field(None, description="For models from a hub; never stored or logged.")
+    force_reload: bool = Field(False, description="Load it anew from its files when it is loaded.")
 
 
 class UnloadRequest(_Request):
     """Body of POST /api/models/unload."""
 
-    model: str | None = Field(None, description="Absent: the only model.")
+    model: str | None = Field(None, description="Absent: the startup model, or the only one.")
     mode: UnloadMode = Field("drain", description="drain: requests that run come to their end; cancel: they are ended.")
+
+
+class SleepRequest(UnloadRequest):
+    """Body of POST /api/models/sleep."""
+
+
+class WakeRequest(_Request):
+    """Body of POST /api/models/wake."""
+
+    model: str | None = Field(None, description="Absent: the startup model, or the only one.")
+
+
+class RegisterRequest(_Request):
+    """Body of POST /api/models/register."""
+
+    model: dict[str, Any] = Field(description="An entry of models.yaml.")
+    persist: bool = Field(True, description="Write it to the registry file; false: until the application ends.")
 
 
 class LoadProgress(_Answer):
@@ -71,7 +89,7 @@ class ModelStatus(_Answer):
 
     model_name: str
     model_path: str
-    architecture: str
+    architecture: str | None = Field(description="Null until the model has been looked at.")
     tokenizer_name: str
     num_managed_layers: int = Field(description="Entries of /api/layers: parameters that have a place in a tier.")
     compute_device: str
@@ -81,17 +99,35 @@ class ModelStatus(_Answer):
 
 
 class OperationAnswer(_Answer):
-    """What came of a request to load or unload."""
+    """What came of a request to load, unload, put to sleep or wake."""
 
     message: str
     model: ModelStatus
+
+
+class ListedModel(_Answer):
+    """A model of the registry. `config`: its entry, without secrets."""
+
+    model_id: str
+    source_type: str
+    status: State
+    device: str
+    pinned: bool
+    config: dict[str, Any]
+
+
+class RegisterAnswer(_Answer):
+    """`changed`: it was not known so before."""
+
+    changed: bool
+    model: ListedModel
 
 
 class GenerateRequest(_Request):
     """Body of POST /api/models/generate. What is absent comes from the model's own generation defaults."""
 
     prompt: str = Field(min_length=1)
-    model: str | None = Field(None, description="Absent: the only model.")
+    model: str | None = Field(None, description="Absent: the startup model, or the only one.")
     max_new_tokens: int | None = Field(None, ge=1, le=8192, description="Without a default of the model: 128.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Without a default of the model: 0.7.")
     top_p: float | None = Field(None, gt=0, le=1, description="Without a default of the model: 0.9.")
@@ -147,7 +183,7 @@ class TransferRequest(_Request):
         description="cpu or host, gpu:N or device:N (device alone: the only one), ramdisk, nvme."
     )
     priority: int = Field(5, ge=1, le=10, description="1 goes first.")
-    model: str | None = Field(None, description="Absent: the only model.")
+    model: str | None = Field(None, description="Absent: the startup model, or the only one.")
 
     @model_validator(mode="after")
     def _one_target(self) -> TransferRequest:
@@ -335,7 +371,7 @@ class ServerStatus(_Answer):
 
     server_status: Literal["running", "unavailable"]
     uptime_seconds: float
-    model_status: ModelStatus
+    model_status: ModelStatus | list[ModelStatus] = Field(description="A list where there are several models.")
     hardware_summary: HardwareSummary
     layer_transfer_queue_size: int
     prefetch_job_queue_size: int

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from raytier.catalog.life import State
 from raytier.serve.generate import Tally
 from raytier.serve.text import on_one_line
 
@@ -128,6 +129,7 @@ class ModelCard(Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    status: State
 
 
 class ModelList(Answer):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from functools import cached_property
 
-from raytier.config import ModelEntry
 from raytier.engine.engine import Engine
 from raytier.engine.text import encodable
 from raytier.errors import InvalidRequestError
+from raytier.model_entry import ModelEntry
 from raytier.serve.logprobs import TokenTexts
 from raytier.serve.parsers.answer import Languages
 from raytier.serve.parsers.thoughts import TAGS

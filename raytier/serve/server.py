@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,30 +18,35 @@ from ray.exceptions import RayActorError
 
 from raytier.actors.describer import Describer
 from raytier.actors.group import ActorGroup, GroupStatus
+from raytier.catalog.control import ModelControl
+from raytier.catalog.life import UnloadMode
 from raytier.checkpoint.manifest import ModelDescription
 from raytier.config import MIB, AppConfig
 from raytier.config import Upstream as UpstreamSection
 from raytier.engine.outputs import EngineStats, OutputDelta
-from raytier.errors import ConflictError, EngineDeadError
+from raytier.errors import ConflictError, DamagedError, EngineDeadError
 from raytier.planner.budgets import planned_paths
 from raytier.planner.plan import ResourcePlan
 from raytier.serve import handles
 from raytier.serve.auth import Keys
-from raytier.serve.control import ModelControl, UnloadMode
 from raytier.serve.handles import ChatDelta, GenerateResult
 from raytier.serve.http import build_api
 from raytier.serve.runtime import Runtime
 from raytier.serve.runtime_schema import (
     KVAnswer,
     Layer,
+    ListedModel,
     ModelStatus,
     OperationAnswer,
     PlanAnswer,
+    RegisterAnswer,
     ServerStatus,
     TransferAnswer,
     TransferStatus,
 )
 from raytier.serve.served import ServedModel
+from raytier.sources.loader import Loaders
+from raytier.sources.registry import Registry
 from raytier.tiers.transfers import DEFAULT_PRIORITY
 
 if TYPE_CHECKING:
@@ -60,7 +65,7 @@ class LLMServer:
     its death, takes all of it away.
     """
 
-    async def __init__(self, config: AppConfig, description: ModelDescription, resources: ResourcePlan) -> None:  # type: ignore[misc]
+    async def __init__(self, config: AppConfig, description: ModelDescription | None, resources: ResourcePlan) -> None:  # type: ignore[misc]
         _log_with_serve(config.log_level)
         placement_group = ray.util.get_current_placement_group()
         assert placement_group is not None, "the application builder gives every replica a placement group"
@@ -72,18 +77,24 @@ class LLMServer:
         self.created = int(time.time())
         app = serve.get_replica_context().app_name
         self._group = ActorGroup(app, config, resources, placement_group)
-        describe = Describer(config.model.directory(), description)
-        self._control = ModelControl(self._group, config.model, describe, config.scheduler.max_queue)
-        disks = planned_paths(config, description.manifest.model_dir)
-        timeout_s = config.api.request_timeout_s
-        self.runtime = Runtime(app, self._group, self._control, description, disks, timeout_s)
-        startup = config.startup_model is not None
+        registry, loaders, describe = Registry.of(config), Loaders(config), Describer()
+        self._control = ModelControl(
+            self._group, registry, loaders, describe, config.scheduler.max_queue, config.switching
+        )
+        if description is not None:
+            named = registry.get(registry.startup or registry.ids[0])
+            describe.remember(named, description.manifest.model_dir, description)
+            self._control.remember(named.model_id, description)
+        disks = planned_paths(config, None if description is None else description.manifest.model_dir)
+        self.runtime = Runtime(app, self._group, self._control, disks, config.api.request_timeout_s)
+        startup = registry.startup is not None
         try:
             # In threads: this takes long, and Serve asks this loop for its health meanwhile.
             await asyncio.to_thread(lambda: self._group.start(with_model=startup))
             if startup:
                 self._control.load(None)
-                await self._control.engine(None)
+                await self._control.loaded(None)
+            self._control.watch_idle()
         except BaseException:
             await asyncio.to_thread(self._group.stop)
             raise
@@ -100,17 +111,21 @@ class LLMServer:
     # Backend of the HTTP layer
 
     def model_ids(self) -> list[str]:
-        return [entry.model_id for entry in self._config.models]
+        return self._control.registry.ids
 
-    async def model(self, model_id: str | None) -> ServedModel:
-        return await self.runtime.served(model_id)
+    def using(self, model_id: str | None) -> AbstractAsyncContextManager[ServedModel]:
+        return self.runtime.using(model_id)
 
     def metrics(self) -> Iterable[Metric]:
         return self.runtime.metrics()
 
     def health(self) -> str | None:
-        engine = self._control.running
-        return self._failure or self._control.error or (engine.dead if engine is not None else None)
+        """One model that failed does not keep the others from answering."""
+        if self._failure is not None:
+            return self._failure
+        engines = self._control.engines
+        dead = next((engine.dead for engine in engines.values() if engine.dead is not None), None)
+        return dead or (None if engines else self._control.first_error)
 
     # Deployment handles: generation
 
@@ -124,7 +139,8 @@ class LLMServer:
         Raises:
             InvalidRequestError, ModelNotFoundError, ConflictError, QueueFullError, EngineDeadError: as over HTTP.
         """
-        return await handles.generate(await self.model(model), prompt, **sampling)
+        async with self.using(model) as served:
+            return await handles.generate(served, prompt, **sampling)
 
     async def generate_stream(
         self, prompt: str | Sequence[int], model: str | None = None, **sampling: Any
@@ -133,7 +149,10 @@ class LLMServer:
 
         A reader that goes away ends the request.
         """
-        async with aclosing(handles.generate_stream(await self.model(model), prompt, **sampling)) as deltas:
+        async with (
+            self.using(model) as served,
+            aclosing(handles.generate_stream(served, prompt, **sampling)) as deltas,
+        ):
             async for delta in deltas:
                 yield delta
 
@@ -146,21 +165,48 @@ class LLMServer:
             messages: as OpenAI has them; the arguments of calls are objects.
             options: fields of `ChatInput` (tools, tool_choice, ...); all others are sampling's, as in `generate`.
         """
-        return await handles.chat(await self.model(model), messages, **options)
+        async with self.using(model) as served:
+            return await handles.chat(served, messages, **options)
 
     async def chat_stream(
         self, messages: Sequence[Mapping[str, Any]], model: str | None = None, **options: Any
     ) -> AsyncIterator[ChatDelta]:
         """As `chat`, while it happens."""
-        async with aclosing(handles.chat_stream(await self.model(model), messages, **options)) as deltas:
+        async with (
+            self.using(model) as served,
+            aclosing(handles.chat_stream(served, messages, **options)) as deltas,
+        ):
             async for delta in deltas:
                 yield delta
 
     # Deployment handles: the runtime, see `Runtime` for what each raises
 
-    async def load_model(self, model_name_or_path: str, compute_device: str = "auto") -> OperationAnswer:
-        """Begin to load a model; `model_status` shows how far it is. Requests wait for it."""
-        return await self.runtime.load_model(model_name_or_path, compute_device)
+    async def load_model(
+        self,
+        model_name_or_path: str,
+        compute_device: str = "auto",
+        *,
+        force_reload: bool = False,
+        token: str | None = None,
+    ) -> OperationAnswer:
+        """Begin to load a model, or to wake it; `model_status` shows how far it is. Requests wait for it."""
+        return await self.runtime.load_model(model_name_or_path, compute_device, force_reload=force_reload, token=token)
+
+    async def wake_model(self, model: str | None = None) -> OperationAnswer:
+        """Begin to wake a model that sleeps; requests do so too."""
+        return await self.runtime.wake_model(model)
+
+    async def sleep_model(self, model: str | None = None, mode: UnloadMode = "drain") -> OperationAnswer:
+        """Put a model to sleep: it gives up the device. Returns when it has."""
+        return await self.runtime.sleep_model(model, mode)
+
+    async def list_models(self) -> list[ListedModel]:
+        """The models of the registry, with their states."""
+        return self.runtime.list_models()
+
+    async def register_model(self, config: Mapping[str, Any], *, persist: bool = True) -> RegisterAnswer:
+        """Add a model to the registry, or change what is known of one; `config` as in models.yaml."""
+        return await self.runtime.register_model(config, persist=persist)
 
     async def unload_model(self, model: str | None = None, mode: UnloadMode = "drain") -> OperationAnswer:
         """Unload a model: drain lets requests that run end, cancel ends them. Returns when everything is freed."""
@@ -202,11 +248,11 @@ class LLMServer:
         """The whole server at a glance."""
         return await self.runtime.status()
 
-    async def stats(self) -> EngineStats:
-        """Counters of the engine, and its present load; ConflictError when no model is loaded."""
-        engine = self._control.running
+    async def stats(self, model: str | None = None) -> EngineStats:
+        """Counters of a model's engine, and its present load; ConflictError when it is not loaded."""
+        engine = self._control.running(model)
         if engine is None:
-            raise ConflictError(self._control.why_not(self._config.model.model_id))
+            raise ConflictError(self._control.why_not(model))
         return engine.stats()
 
     async def actors(self) -> GroupStatus:
@@ -225,15 +271,18 @@ class LLMServer:
         Serve waits for three failures in a row, but not where an actor crashed; that is what is raised here, because
         nothing that has died comes back.
         """
-        engine = self._control.running
-        if engine is None or engine.dead is None:
+        for model_id, engine in self._control.engines.items():
+            if isinstance(engine.failure, DamagedError):
+                await self._control.end_damaged(model_id, engine, engine.failure)
+        engines = list(self._control.engines.values())
+        if not any(engine.dead for engine in engines):
             try:
                 await asyncio.to_thread(self._group.ping)
                 return
             except EngineDeadError as error:
                 self._failure = error.message
                 logger.error("%s; this replica ends", error.message)
-                if engine is not None:
+                for engine in engines:
                     await asyncio.to_thread(engine.close)  # what still runs ends with an error now
         await asyncio.sleep(_LAST_WORDS_S)
         raise RayActorError(error_msg=f"the engine does not run: {self.health()}")

@@ -58,17 +58,17 @@ def make_server_router(backend: Backend, version: str) -> APIRouter:
 
     @router.post("/tokenize", summary="Token ids of a text or a chat", responses=_ERRORS, response_model=TokenizeAnswer)
     async def tokenize(body: TokenizeRequest) -> Response:
-        model = await backend.model(body.model)
-        return JSONBytes((await asyncio.to_thread(_tokenize, model, body)).json_bytes())
+        async with backend.using(body.model) as model:
+            return JSONBytes((await asyncio.to_thread(_tokenize, model, body)).json_bytes())
 
     @router.post("/detokenize", summary="Text of token ids", responses=_ERRORS, response_model=DetokenizeAnswer)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        model = await backend.model(body.model)
-        known = model.engine.config.vocab_size
-        if wrong := [token for token in body.tokens if not 0 <= token < known]:
-            raise InvalidRequestError(f"tokens must be between 0 and {known - 1}, got {wrong[0]}", param="tokens")
-        tokenizer = model.engine.tokenizer
-        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        async with backend.using(body.model) as model:
+            known = model.engine.config.vocab_size
+            if wrong := [token for token in body.tokens if not 0 <= token < known]:
+                raise InvalidRequestError(f"tokens must be between 0 and {known - 1}, got {wrong[0]}", param="tokens")
+            tokenizer = model.engine.tokenizer
+            text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
         return JSONBytes(DetokenizeAnswer(prompt=text).json_bytes())
 
     return router

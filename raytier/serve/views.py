@@ -35,15 +35,20 @@ from raytier.tiers.transfers import Transfer, TransferState
 Device = Literal["gpu", "cpu", "ramdisk", "nvme"]
 
 
-def progress(actors: GroupStatus, elapsed_s: float) -> LoadProgress | None:
+def progress(actors: GroupStatus, model_id: str, elapsed_s: float) -> LoadProgress | None:
     """How far a load is that has taken `elapsed_s` seconds: what is copied to tiers and what is read to memory.
 
     What is left is guessed from its pace so far; None before there is any work that could be counted.
     """
     parts = [status.storing for status in (actors.ramdisk, actors.disk) if status is not None and status.storing]
-    if actors.device is not None:
-        parts.append((actors.device.bytes_loaded, actors.device.bytes_to_load))
+    if actors.device is not None and (model := actors.device.models.get(model_id)) is not None:
+        parts.append((model.bytes_loaded, model.bytes_to_load))
     loaded, total = (sum(each) for each in zip((0, 0), *parts, strict=True))
+    return progress_of(loaded, total, elapsed_s)
+
+
+def progress_of(loaded: int, total: int, elapsed_s: float) -> LoadProgress | None:
+    """`loaded` of `total` bytes after `elapsed_s` seconds; None before there is any work that could be counted."""
     if not total:
         return None
     left = elapsed_s * (total - loaded) / loaded if loaded else None
@@ -234,12 +239,12 @@ def kv(engine: Engine, manifest: ModelManifest, planned: WeightPlan, ledger: KVS
     )
 
 
-def health(actors: GroupStatus, planned: WeightPlan | None, in_place_bytes: int) -> list[TierHealth]:
-    """Every tier whose actor answered; `in_place_bytes` of parameters are read from the checkpoint's own files."""
+def health(actors: GroupStatus, budget: int | None, in_place_bytes: int) -> list[TierHealth]:
+    """Every tier whose actor answered; `budget` is the device's for all models, and `in_place_bytes` of parameters are
+    read from the checkpoint's own files."""
     found: list[TierHealth] = []
     if (device := actors.device) is not None:
         used = device.resident_bytes + device.ring_bytes + device.kv_bytes
-        budget = planned.devices[0].budget_bytes if planned is not None else None
         free = None if budget is None else budget - used
         found.append(TierHealth(tier=Tier.DEVICE, used_bytes=used, capacity_bytes=budget, free_bytes=free))
     if (host := actors.host) is not None:

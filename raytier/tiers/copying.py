@@ -11,18 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from queue import Empty, SimpleQueue
 
 import numpy as np
+import xxhash
 
 from raytier.checkpoint.manifest import Extent, Parameter, SourceFile, Stored
-from raytier.codecs.codec import Encoder, Frames, checksum, frame_ranges, frame_step
+from raytier.codecs.codec import RATIOS, Encoder, Frames, checksum, frame_ranges, frame_step
 from raytier.codecs.coded import DoesNotShrinkError
-from raytier.codecs.forms import Bytes
+from raytier.codecs.forms import Bytes, Form
 from raytier.codecs.scheme import Scheme, element_of, form_parts
-from raytier.errors import CheckpointError, TierError
+from raytier.errors import CheckpointError, DamagedError, TierError
 from raytier.tiers.aligned import ALIGNMENT, AlignedBuffer, align_down, align_up
+from raytier.tiers.checks import SourceChecks, check_ranges
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.files import DirectFile
 from raytier.tiers.striping import file_sizes, slice_extents, stripe_extents
@@ -32,6 +33,8 @@ CHUNK_BYTES = 4 << 20
 #: Files written at once: while one is written, another is read for.
 THREADS = 3
 
+#: What is coded may turn out so much larger than expected.
+_MARGIN = 1.03
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -63,6 +66,7 @@ def copy_all(
     finished: Callable[[CopyJob, TierCopy], None],
     cancelled: Callable[[], bool],
     opener: Opener = os.open,
+    checks: SourceChecks | None = None,
 ) -> None:
     """Write the files of `jobs`, each under a temporary name until all of its parameter is on the disk.
 
@@ -73,11 +77,12 @@ def copy_all(
         wrote: called after every request with the bytes written and the bytes read.
         finished: called with every parameter that is complete, by one of several threads.
         cancelled: asked before every request.
+        checks: what is known of `sources`; what is read here first becomes known.
 
     Raises:
         OSError: the disk is full; `filename` is the file that did not fit.
         CheckpointError: a source is missing, has another size, or ends before an extent does.
-        TierError: reading or writing failed, or it was cancelled.
+        TierError: reading or writing failed, or it was cancelled. DamagedError: a source is not as it was.
     """
     used = {extent.file for job in jobs for extent in job.parameter.extents}
     for job in jobs:
@@ -99,7 +104,7 @@ def copy_all(
         def work() -> None:
             try:
                 with AlignedBuffer(CHUNK_BYTES + 2 * ALIGNMENT) as read, AlignedBuffer(CHUNK_BYTES) as written:
-                    source = _Source(files, read.view, wrote, stopped)
+                    source = Source(files, read.view, wrote, stopped, checks)
                     while True:
                         job = waiting.get_nowait()
                         finished(job, _copy(job, source, written.view, wrote, opener))
@@ -116,8 +121,11 @@ def copy_all(
         raise errors[0]
 
 
-class _Source:
-    """Reads parameters of the checkpoint, in memory that it uses again and again."""
+class Source:
+    """Reads parameters of the checkpoint, each from its beginning to its end, in memory that it uses again and again.
+
+    What is read is checked as soon as a range of it is complete (`check_ranges`).
+    """
 
     def __init__(
         self,
@@ -125,7 +133,12 @@ class _Source:
         memory: memoryview,
         wrote: Callable[[int, int], None],
         stopped: Callable[[], bool],
+        checks: SourceChecks | None,
     ) -> None:
+        self._checks = checks
+        self._checking: Iterator[tuple[int, Extent]] = iter(())
+        self._expected = (0, Extent(0, 0, 0))
+        self._sum = xxhash.xxh3_64()
         self._files = files
         self._memory = memory
         self._wrote = wrote
@@ -143,35 +156,94 @@ class _Source:
             nbytes = min(CHUNK_BYTES, stop - begin)
             into = data.data[begin - start : begin - start + nbytes]
             self._wrote(0, _gather(parameter.extents, begin, nbytes, self._files, self._memory, into))
+        if self._checks is not None:
+            self._check(self._checks, parameter, start, data)
         return data
+
+    def _check(self, checks: SourceChecks, parameter: Parameter, start: int, data: Bytes) -> None:
+        """Check what becomes complete with the bytes `data` from `start` on, which follow those of the last call."""
+        if start == 0:
+            self._checking = check_ranges(parameter, 0, parameter.nbytes)
+            self._expected = next(self._checking)
+            self._sum.reset()
+        position, stop = start, start + len(data)
+        while position < stop:
+            begin, extent = self._expected
+            end = min(stop, begin + extent.nbytes)
+            self._sum.update(data[position - start : end - start].data)
+            position = end
+            if end == begin + extent.nbytes:
+                found = self._sum.intdigest()
+                if checks.sums[extent.file].setdefault((extent.offset, extent.nbytes), found) != found:
+                    path = self._files[extent.file].path
+                    raise DamagedError(
+                        f"{path} is damaged: bytes {extent.offset} to {extent.offset + extent.nbytes} "
+                        f"({parameter.name}) are not what they were; restore the file"
+                    )
+                self._sum.reset()
+                self._expected = next(self._checking, (stop, extent))
 
 
 def _copy(
-    job: CopyJob, source: _Source, written: memoryview, wrote: Callable[[int, int], None], opener: Opener
+    job: CopyJob, source: Source, written: memoryview, wrote: Callable[[int, int], None], opener: Opener
 ) -> TierCopy:
     parameter, form = job.parameter, job.scheme.form
-    parts = form_parts(form, partial(source.read, parameter), parameter.nbytes, parameter.dtype, parameter.shape)
-    nbytes = parameter.nbytes if form is None else form.nbytes(parameter.shape)
-    if nbytes is None:
-        try:
-            whole = next(parts)
-        except DoesNotShrinkError:
-            return _copy(replace(job, scheme=replace(job.scheme, form=None)), source, written, wrote, opener)
-        parts, nbytes = iter([whole]), len(whole)
+    piece_rows = parameter.piece_rows(form)
     encoder = Encoder(job.scheme.codec, element_of(form, parameter.dtype))
-    step = frame_step(nbytes, parameter.shape[0] if parameter.shape else 1)
+    step = frame_step(0, 0) if piece_rows else parameter.step(_form_nbytes(parameter, form))
     sizes: list[int] = []
     checksums: list[int] = []
-    with _Striped(job, written, wrote, opener) as striped:
-        for frame in _frames(parts, step):
-            coded = encoder.encode(frame)
-            sizes.append(len(coded))
-            checksums.append(checksum(coded))
-            striped.append(memoryview(coded))
-        return striped.finish(Frames(nbytes, step, tuple(sizes), tuple(checksums)))
+    pieces: list[int] = []
+    try:
+        with _Striped(job, written, wrote, opener) as striped:
+            for rows in row_pieces(parameter, piece_rows):
+                pieces.append(0)
+                for frame in form_frames(parameter, form, rows, source.read, step):
+                    coded = encoder.encode(frame)
+                    pieces[-1] += len(frame)
+                    sizes.append(len(coded))
+                    checksums.append(checksum(coded))
+                    striped.append(memoryview(coded))
+            several = tuple(pieces) if piece_rows else ()
+            return striped.finish(Frames(sum(pieces), step, tuple(sizes), tuple(checksums), several), piece_rows)
+    except DoesNotShrinkError:
+        return _copy(replace(job, scheme=replace(job.scheme, form=None)), source, written, wrote, opener)
 
 
-def _frames(parts: Iterable[Bytes], step: int) -> Iterator[Bytes]:
+def row_pieces(parameter: Parameter, piece_rows: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of the rows that are encoded together."""
+    rows = parameter.shape[0] if parameter.shape else 1
+    for first in range(0, rows, piece_rows or max(1, rows)):
+        yield first, min(rows, first + (piece_rows or rows))
+
+
+def form_frames(
+    parameter: Parameter,
+    form: Form | None,
+    rows: tuple[int, int],
+    read: Callable[[Parameter, int, int], Bytes],
+    step: int,
+) -> Iterator[Bytes]:
+    """Rows [first, last) of a parameter in a form, in pieces of `step` bytes and a rest, each valid until the next."""
+    first, last = rows
+    count = parameter.shape[0] if parameter.shape else 1
+    begin = parameter.nbytes * first // max(1, count)
+    nbytes = parameter.nbytes * last // max(1, count) - begin
+    shape = (last - first, *parameter.shape[1:]) if parameter.shape else ()
+
+    def part(start: int, stop: int) -> Bytes:
+        return read(parameter, begin + start, begin + stop)
+
+    yield from frames_of(form_parts(form, part, nbytes, parameter.dtype, shape), step)
+
+
+def _form_nbytes(parameter: Parameter, form: Form | None) -> int:
+    """Bytes in a form, as far as they are known before."""
+    nbytes = None if form is None else form.nbytes(parameter.shape)
+    return parameter.nbytes if nbytes is None else nbytes
+
+
+def frames_of(parts: Iterable[Bytes], step: int) -> Iterator[Bytes]:
     """The concatenation of `parts` in pieces of `step` bytes and a rest, each valid until the next."""
     frame, filled = np.empty(step, np.uint8), 0
     for part in parts:
@@ -236,7 +308,7 @@ class _Striped:
         self._waiting = 0
         self._wrote(padded, 0)
 
-    def finish(self, frames: Frames) -> TierCopy:
+    def finish(self, frames: Frames, piece_rows: int) -> TierCopy:
         """Have it all on the disk under its name."""
         self._flush()
         job = self._job
@@ -248,7 +320,7 @@ class _Striped:
             with _naming(file.path):
                 os.rename(file.path, path)
         files = tuple(SourceFile(path, size) for path, size in zip(job.paths, sizes, strict=False))
-        return TierCopy(files, Stored(job.scheme.form, job.scheme.codec, frames, extents))
+        return TierCopy(files, Stored(job.scheme.form, job.scheme.codec, frames, extents, piece_rows))
 
     def __enter__(self) -> _Striped:
         return self
@@ -264,10 +336,20 @@ class _Striped:
 
 def most_nbytes(parameter: Parameter, scheme: Scheme) -> int:
     """Upper bound of the bytes that a parameter takes in its files, padding left out."""
-    nbytes = None if scheme.form is None else scheme.form.nbytes(parameter.shape)
-    nbytes = parameter.nbytes if nbytes is None else nbytes
-    step = frame_step(nbytes, parameter.shape[0] if parameter.shape else 1)
+    nbytes = _form_nbytes(parameter, scheme.form)
+    piece_rows = parameter.piece_rows(scheme.form)
+    if piece_rows:
+        frames = nbytes // frame_step(0, 0) + 2 * -(-parameter.shape[0] // piece_rows)
+        return nbytes + frames * scheme.codec.most_bytes(0)
+    step = parameter.step(nbytes)
     return sum(scheme.codec.most_bytes(stop - start) for start, stop in frame_ranges(nbytes, step))
+
+
+def expected_nbytes(parameter: Parameter, scheme: Scheme) -> int:
+    """Bytes that a parameter will take in its files, as far as can be said before it is coded."""
+    dtype = parameter.dtype if scheme.form is None else scheme.form.dtype
+    ratio = RATIOS.get(scheme.codec.name, {}).get(dtype or "", 1.0)
+    return min(most_nbytes(parameter, scheme), int(_MARGIN * ratio * _form_nbytes(parameter, scheme.form)) + ALIGNMENT)
 
 
 def _gather(

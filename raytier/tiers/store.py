@@ -21,7 +21,8 @@ from typing import Any
 from raytier.checkpoint.manifest import Extent, Parameter, SourceFile, Stored
 from raytier.codecs.codec import Frames, checksum
 from raytier.codecs.scheme import Scheme
-from raytier.errors import CheckpointError, TierError
+from raytier.errors import TierError
+from raytier.tiers.checks import SourceStamp
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.copying import Opener
 from raytier.tiers.owners import KeptDirectory
@@ -32,31 +33,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 #: Source bytes of parameters that are converted before the manifest is written again.
 _BATCH_BYTES = 256 << 20
-#: A header of safetensors is no longer than that.
-_MOST_HEADER = 100 << 20
 _FILE_NAME = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceStamp:
-    """A checkpoint file as it was: another one has another stamp. `header`: xxh3 of its safetensors header."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    header: int
-
-    @classmethod
-    def of(cls, file: SourceFile) -> SourceStamp:
-        """Of a file as it is now; CheckpointError when it cannot be read."""
-        try:
-            with open(file.path, "rb") as opened:
-                status = os.fstat(opened.fileno())
-                length = opened.read(8)
-                header = length + opened.read(min(int.from_bytes(length, "little"), _MOST_HEADER))
-        except OSError as error:
-            raise CheckpointError(f"{file.path}: {error.strerror}; restore the file") from None
-        return cls(file.path, status.st_size, status.st_mtime_ns, checksum(header))
 
 
 class TierStore:
@@ -79,6 +56,7 @@ class TierStore:
         *,
         advice: str = "remove something",
         others: Callable[[], int] = int,
+        cache_dir: str | None = None,
         opener: Opener = os.open,
     ) -> None:
         for directory in directories:
@@ -91,6 +69,7 @@ class TierStore:
             advice=advice,
             kept=True,
             others=others,
+            cache_dir=cache_dir,
             opener=opener,
         )
         self._locks = [KeptDirectory(os.path.realpath(directory)) for directory in directories]
@@ -211,11 +190,15 @@ class _Book:
                 return None
             files = tuple(SourceFile(str(path), int(size)) for path, size in entry["files"])
             frames = Frames(
-                entry["nbytes"], entry["step"], tuple(entry["sizes"]), tuple(int(sum_, 16) for sum_ in entry["xxh3"])
+                entry["nbytes"],
+                entry["step"],
+                tuple(entry["sizes"]),
+                tuple(int(sum_, 16) for sum_ in entry["xxh3"]),
+                tuple(entry["pieces"]),
             )
             extents = tuple(Extent(*map(int, extent)) for extent in entry["extents"])
             form = scheme.form if entry["form"] else None
-            stored = Stored(form, scheme.codec, frames, extents)
+            stored = Stored(form, scheme.codec, frames, extents, int(entry["piece_rows"]))
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: entry of %s is damaged: %r", self.path, parameter.name, error)
             return None
@@ -240,6 +223,8 @@ class _Book:
             "nbytes": frames.nbytes,
             "step": frames.step,
             "sizes": list(frames.sizes),
+            "pieces": list(frames.pieces),
+            "piece_rows": copy.stored.piece_rows,
             "xxh3": [f"{sum_:016x}" for sum_ in frames.checksums],
             "files": [[file.path, file.size] for file in copy.files],
             "extents": [[e.file, e.offset, e.nbytes] for e in copy.stored.extents],

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from raytier.checkpoint.manifest import Parameter, SourceFile
 from raytier.codecs.scheme import PLAIN, Scheme
 from raytier.errors import CheckpointError, ConfigurationError, ResourceNotAvailableError, TierError
 from raytier.tiers.aligned import align_up
+from raytier.tiers.checks import SourceChecks
 from raytier.tiers.copies import TierCopy
-from raytier.tiers.copying import CopyJob, Opener, copy_all, most_nbytes
+from raytier.tiers.copying import CopyJob, Opener, copy_all, expected_nbytes, most_nbytes
 from raytier.tiers.owners import KeptDirectory, OwnedDirectory, owner_name, remove_leftovers
 from raytier.tiers.striping import file_sizes, stripe_extents
 
@@ -44,6 +46,7 @@ class TierUsage:
         writes, bytes_written: requests and bytes since the tier was opened.
         source_bytes_read: read from checkpoint files in order to copy them.
         errors: copies and removals that failed.
+        models: model -> bytes of its copies.
     """
 
     files: int
@@ -54,6 +57,7 @@ class TierUsage:
     source_bytes_read: int
     errors: int
     directories: tuple[DirectoryUsage, ...]
+    models: dict[str, int]
 
     def __add__(self, other: TierUsage) -> TierUsage:
         """Of both, which share their capacity."""
@@ -66,6 +70,7 @@ class TierUsage:
             self.source_bytes_read + other.source_bytes_read,
             self.errors + other.errors,
             self.directories + other.directories,
+            dict(Counter(self.models) + Counter(other.models)),
         )
 
 
@@ -109,6 +114,7 @@ class TierFiles:
         advice: what the user can do when there is no room.
         owner: name of the own directories; None: this process.
         others: bytes that count towards the capacity as well.
+        cache_dir: where it is kept what ranges of checkpoints hold; None: nowhere.
         opener: stand-in for `os.open` of the files that are written (fault injection).
 
     Raises:
@@ -127,6 +133,7 @@ class TierFiles:
         owner: str | None = None,
         kept: bool = False,
         others: Callable[[], int] = int,
+        cache_dir: str | None = None,
         opener: Opener = os.open,
     ) -> None:
         if not directories or stripe_bytes <= 0:
@@ -137,6 +144,7 @@ class TierFiles:
         self._advice = advice
         self._opener = opener
         self._others = others
+        self._cache_dir = cache_dir
         self._stored: dict[str, dict[str, _Stored]] = {}  # model -> parameter -> copy
         self._writes = self._bytes_written = self._source_bytes_read = self._errors = 0
         self._lock = threading.Lock()  # the fields above
@@ -176,6 +184,7 @@ class TierFiles:
         Raises:
             ResourceNotAvailableError: there is no room; says where, needed, free, and what to do.
             CheckpointError: a source is missing, has changed, or does not hold a parameter.
+            DamagedError: a source is not what it was when it was first read.
             TierError: reading or writing failed, one of them has a copy already, or the tier is being closed.
         """
         with self._storing:
@@ -195,11 +204,11 @@ class TierFiles:
     def _place(
         self, model_id: str, parameters: Sequence[Parameter], schemes: Mapping[str, Scheme]
     ) -> dict[str, _Placed]:
-        """Directories for `parameters`, with room for what they may need at most; nothing is written."""
+        """Directories for `parameters`, with room for what they are expected to need; nothing is written."""
         with self._lock:
             held = dict(self._stored.get(model_id, {}))
             usage = self._usage()
-            stored_bytes = sum(nbytes for _, nbytes in usage) + self._others()
+        stored_bytes = self._stored_bytes()
         used = [nbytes for _, nbytes in usage]
         devices = [os.stat(directory.path).st_dev for directory in self._directories]
         room: dict[int, int] = {}  # per filesystem
@@ -213,17 +222,23 @@ class TierFiles:
                 raise CheckpointError(f"{parameter.name} has no bytes: the model directory holds no weights")
             scheme = schemes.get(parameter.name, PLAIN)
             job, chosen = self._spread(model_id, parameter, scheme, used, devices, room)
-            for number, size in zip(chosen, job.most, strict=True):
+            for number, size in zip(chosen, _expected(job), strict=True):
                 used[number] += size
                 room[devices[number]] -= size
             placed[parameter.name] = _Placed(job, chosen)
-        needed = sum(sum(one.job.most) for one in placed.values())
+        needed = sum(sum(_expected(one.job)) for one in placed.values())
         if self._capacity is not None and stored_bytes + needed > self._capacity:
             raise ResourceNotAvailableError(
                 f"{model_id}: {needed} bytes are to be copied to {self._names()}, "
                 f"{max(0, self._capacity - stored_bytes)} of the tier's {self._capacity} are free; {self._advice}"
             )
         return placed
+
+    def _stored_bytes(self) -> int:
+        """What counts towards the capacity."""
+        with self._lock:
+            own = sum(nbytes for _, nbytes in self._usage())
+        return own + self._others()
 
     def _spread(
         self,
@@ -243,7 +258,7 @@ class TierFiles:
             sizes = file_sizes(extents)
             chosen = tuple(candidates[: len(sizes)])
             needed: dict[int, int] = {}
-            for number, size in zip(chosen, sizes, strict=True):
+            for number, size in zip(chosen, _shares(parameter, scheme, sizes), strict=True):
                 needed[devices[number]] = needed.get(devices[number], 0) + size
             full = [device for device, nbytes in needed.items() if nbytes > room[device]]
             if not full:
@@ -290,7 +305,14 @@ class TierFiles:
             undo.callback(self._unlink, [path for one in placed.values() for path in one.job.paths])
             try:
                 jobs = [one.job for one in placed.values()]
-                copy_all(jobs, sources, wrote, finished, self._closing.is_set, self._opener)
+                checks = SourceChecks(sources, self._cache_dir)
+                copy_all(jobs, sources, wrote, finished, self._closing.is_set, self._opener, checks)
+                checks.save()
+                written = sum(file.size for copy in copies.values() for file in copy.files)
+                if self._capacity is not None and self._stored_bytes() + written > self._capacity:
+                    raise ResourceNotAvailableError(
+                        f"{written} bytes, more than expected, exceed the tier's {self._capacity}; {self._advice}"
+                    )
             except OSError as error:
                 raise self._no_room(error, total - done) from error
             undo.pop_all()
@@ -361,6 +383,7 @@ class TierFiles:
         with self._lock:
             usage = self._usage()
             counters = self._writes, self._bytes_written, self._source_bytes_read, self._errors
+            models = {model: sum(one.nbytes for one in copies.values()) for model, copies in self._stored.items()}
         directories = tuple(
             DirectoryUsage(directory.parent, files, nbytes, _free_bytes(directory.parent))
             for directory, (files, nbytes) in zip(self._directories, usage, strict=True)
@@ -371,6 +394,7 @@ class TierFiles:
             self._capacity,
             *counters,
             directories,
+            {model: nbytes for model, nbytes in models.items() if nbytes},
         )
 
     def _usage(self) -> list[tuple[int, int]]:
@@ -412,6 +436,16 @@ class TierFiles:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _expected(job: CopyJob) -> list[int]:
+    return _shares(job.parameter, job.scheme, job.most)
+
+
+def _shares(parameter: Parameter, scheme: Scheme, most: Sequence[int]) -> list[int]:
+    """Bytes in each file that a parameter is expected to take, given the most."""
+    expected = align_up(expected_nbytes(parameter, scheme))
+    return [min(size, align_up(expected * size // max(1, sum(most)))) for size in most]
 
 
 def _free_bytes(path: str) -> int:

@@ -75,7 +75,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", _COMMON | {"tie_word_embeddings": False}),
 }
 
+#: Mixtures of experts: few large ones, and many small ones beside layers without.
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", _GQA | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        _GQA
+        | {"head_dim": 16, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+        | {"mlp_only_layers": [1], "tie_word_embeddings": False},
+    ),
+}
+
 
 def family_config(name: str, **changes: Any) -> PreTrainedConfig:
-    model_type, values = FAMILIES[name]
+    model_type, values = (FAMILIES | MIXTURES)[name]
     return CONFIG_MAPPING[model_type](**(values | changes))

@@ -163,7 +163,9 @@ def test_nothing_to_read_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights"):
         read_index(str(tmp_path))
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin"):
+    with pytest.raises(
+        CheckpointError, match=r"found pytorch_model\.bin; to read those, set model_format: transformers_pt"
+    ):
         read_index(str(tmp_path))
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(CheckpointError, match="index file is missing"):

@@ -96,7 +96,7 @@ def test_the_machine_file_is_what_plan_reads(
     machine = tmp_path / "machine.json"
     machine.write_text(run("doctor", "--json").stdout)
     assert Machine.from_json(machine.read_text()).rates == FULL_RATES
-    monkeypatch.setattr(plan, "_describe", lambda directory, config: (llama(), config))
+    monkeypatch.setattr(plan, "_describe", lambda directory, entry, config: (llama(), config))
     content = json.loads(run("plan", str(tmp_path), "--machine", str(machine), "--json").stdout)
     assert content["machine"] == json.loads(machine.read_text())
     assert content["plan"]["devices"][0]["packed"]

@@ -45,7 +45,7 @@ def cpu_machine(tmp_path: Path) -> str:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A directory that is described as a small Llama without importing torch."""
-    monkeypatch.setattr(module, "_describe", lambda directory, config: (llama(), config))
+    monkeypatch.setattr(module, "_describe", lambda directory, entry, config: (llama(), config))
     (tmp_path / "model").mkdir()
     return str(tmp_path / "model")
 
@@ -108,7 +108,7 @@ def test_bad_files_are_named(
 def test_a_missing_model_is_an_error(cpu_machine: str) -> None:
     result = run("/does/not/exist", "--machine", cpu_machine)
     assert result.exit_code == 1
-    assert "/does/not/exist is not a directory" in result.stderr
+    assert "/does/not/exist: no such directory" in result.stderr
 
 
 def test_config_and_options_together(model: str, cpu_machine: str, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_this_machine_is_measured_and_remembered(model: str, tmp_path: Path, mon
     file = tmp_path / "weights"
     file.write_bytes(bytes(10_000))
     manifest = replace(llama(), files=(SourceFile(str(file), 10_000),))
-    monkeypatch.setattr(module, "_describe", lambda directory, config: (manifest, config))
+    monkeypatch.setattr(module, "_describe", lambda directory, entry, config: (manifest, config))
     monkeypatch.setattr(rates, "measure_matrix", lambda *args, **kwargs: ((1, 7e9),))
     config = tmp_path / "serve.yaml"
     config.write_text(f"applications: [{{args: {{cache_dir: {tmp_path}/cache, compute: {{device: cpu}}}}}}]")

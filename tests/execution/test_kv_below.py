@@ -14,7 +14,7 @@ from raytier.kv.costs import KVCosts
 from raytier.tiers.kv_files import KVFile
 from tests.execution.test_prefix_cache import FAMILIES, tree
 from tests.local_engine import LocalEngine, local_engine
-from tests.models import MakeModel, transformers_greedy
+from tests.models import MakeModel, random_prompts, transformers_greedy
 
 COUNT = 8
 GREEDY = SamplingParams(temperature=0, top_p=1, top_k=0, max_tokens=COUNT, ignore_eos=True)
@@ -73,6 +73,22 @@ def test_replays_find_what_was_given_up(family: str, below: str, make_model: Mak
         assert counts.lost == counts.write_failures == 0
         assert local.kv.num_used == 0
     assert not list(tmp_path.rglob("*.kv")), "what is not to be kept is gone"
+
+
+def test_preempted_sequences_come_back_from_the_host(make_model: MakeModel) -> None:
+    """F4: long outputs that do not fit at once: who is preempted goes on with what the host has of it, token by token
+    as if nothing had happened; no two prompts begin alike."""
+    model_dir = make_model("llama")
+    prompts = random_prompts(30, 25, 20, 15)
+    wanted = transformers_greedy(model_dir, prompts, 40)
+    params = SamplingParams(temperature=0, top_p=1, top_k=0, max_tokens=40, ignore_eos=True)
+    kv = {"block_size": 4, "max_blocks": 26, "host_mb": 64}
+    with local_engine(model_dir, kv=kv, scheduler=SCHEDULER, tiers=TIERS) as local:
+        outputs = local.engine.generate(prompts, params)
+        assert [list(output.token_ids) for output in outputs] == wanted
+        stats = local.engine.stats()
+        assert stats.preemptions > 0 and stats.kv.host_hits > 0
+        local.kv.check_integrity([])
 
 
 @pytest.fixture

@@ -105,6 +105,30 @@ def test_a_tied_table_is_looked_up_and_computed_with(precision: str, make_model:
     assert found == expected
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize("precision", ["int8", "int4-64"])
+def test_a_streamed_head_is_stored_in_the_pieces_that_it_is_used_in(
+    precision: str, tied: bool, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model_dir = make_model("llama", tie_word_embeddings=tied, **SHAPE)
+    settings: dict[str, Any] = {
+        "placement": {"rules": [{"pattern": "embed_tokens" if tied else "lm_head", "tier": "nvme"}]},
+        "precision": {"nvme": precision},
+        "tiers": {"device": {"max_mb": 64}},
+    }
+    with local_engine(model_dir, store=tmp_path, **settings) as local:
+        found = tokens(local)
+        head = local.runner._weights.manifest.by_name[local.manifest.head]
+        assert head.stored is not None and head.stored.form is not None and len(head.stored.frames.pieces) >= 8
+        formed = {s.name: s.precision for s in local.runner.parameters() if s.precision != "source"}
+        assert formed == {head.name: precision}
+        names = {} if tied else formed  # the rows of a tied table come from the checkpoint
+        total = local.engine.stats().total
+        assert total.bytes_streamed >= local.engine.stats().steps * head.stored.nbytes and total.damaged == 0
+        expected = None if tied else greedy(stood_for(model_dir, tmp_path / "same", local.manifest, names))
+    assert expected is None or found == expected
+
+
 def test_lossy_weights_never_become_the_source_again(make_model: MakeModel, tmp_path: Path) -> None:
     """D5: from int4 on disk to the device, whose precision is the source's, and back."""
     model_dir = make_model("llama", **SHAPE)

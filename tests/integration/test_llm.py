@@ -100,7 +100,7 @@ def test_a_quarter_on_the_device_and_the_rest_in_the_host_pool(
         assert repr_of(actors["device"]) == "DeviceActor(cpu, 1 threads)"
         assert repr_of(actors["host"]) == f"HostPoolActor({status.host.capacity / 2**20:.0f} MiB)"
         assert repr_of(actors["disk"]).startswith("DiskTierActor(")
-        assert repr_of(actors["kv"]) == f"KVBlockActor({status.kv.total_blocks + 1} blocks of 16 tokens)"
+        assert repr_of(actors["kv"]) == f"KVBlockActor(layered: {status.kv['layered'].total_blocks} blocks)"
         for role, actor in actors.items():
             pid = pid_of(actor)
             assert has_torch(pid) == (role == "device")
@@ -168,7 +168,7 @@ def test_what_fails_says_why_and_leaves_nothing(
     class NoDisk:
         """A DiskTierActor that cannot be made; only the last case comes as far as that. Local, so it travels alone."""
 
-        def __init__(self, name: str, tier: object) -> None:
+        def __init__(self, *_: object) -> None:
             raise ResourceNotAvailableError("there is no disk; mount one")
 
     monkeypatch.setattr("raytier.actors.group.remote_disk_actor", lambda: ray.remote(NoDisk))

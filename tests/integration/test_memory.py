@@ -101,7 +101,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         watch.start(ray.get(ray.get_actor(name, "raytier").status.remote()).pid)
         return plan_weights(*args, **kwargs)
 
-    monkeypatch.setattr("raytier.actors.model.plan_weights", plan_then_load)
+    monkeypatch.setattr("raytier.actors.node.plan_weights", plan_then_load)
     try:
         yield watch
     finally:

@@ -169,7 +169,7 @@ def test_the_command_ends_with_one() -> None:
     command = [sys.executable, "-m", "raytier.cli", "plan", "/does/not/exist"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == "Error: /does/not/exist is not a directory: give a model directory or builtin:demo\n"
+    assert run.stderr == "Error: /does/not/exist: no such directory; give the directory that holds config.json\n"
 
 
 def test_a_cluster_without_room_is_refused(

@@ -212,7 +212,7 @@ def test_models_come_and_go(bare: Application, large_dir: Path) -> None:
         assert {role for role, pid in pids.items() if has_torch(pid)} == {"device"}
         before = pss(pids)
         status = bare.status()
-        assert (status.host.ranges, status.host.touched, status.kv) == (0, 0, None)
+        assert (status.host.ranges, status.host.touched, status.kv) == (0, 0, {})
         for mode, count in (("drain", 40), ("cancel", 240), ("drain", 40)):
             load()
             assert bare.generate(prompt, max_tokens=6) == wanted
@@ -233,7 +233,7 @@ def test_models_come_and_go(bare: Application, large_dir: Path) -> None:
             assert state() == "no_model_loaded"
         assert bare.pids() == pids, "the actors stay"
         status = bare.status()
-        assert (status.host.ranges, status.host.touched, status.kv) == (0, 0, None)
+        assert (status.host.ranges, status.host.touched, status.kv) == (0, 0, {})
         assert (status.device.resident_bytes, status.device.kv_bytes, status.device.ring_bytes) == (0, 0, 0)
         after = pss(pids)
         growth = sum(after.values()) - sum(before.values())

@@ -165,7 +165,7 @@ def test_actors_say_what_they_are(served: Application) -> None:
     assert shown["device"] == "DeviceActor(cpu, 1 threads)"
     assert shown["host"].startswith("HostPoolActor(")
     assert shown["disk"].startswith("DiskTierActor(")
-    assert shown["kv"] == f"KVBlockActor({status.kv.total_blocks + 1} blocks of 16 tokens)"
+    assert shown["kv"] == f"KVBlockActor(tiny: {status.kv['tiny'].total_blocks} blocks)"
 
 
 def test_only_the_device_actor_has_torch(served: Application) -> None:
@@ -187,7 +187,7 @@ def test_every_tier_is_used_and_counted(served: Application) -> None:
     assert status.host.owners == {"tiny": status.device.host_bytes + status.device.kv_host_bytes}
     assert status.device.host_bytes >= 4 * 48 * 32 * 4
     assert status.device.steps == served.stats().steps, "one message per step"
-    assert status.kv.used_blocks == 0
+    assert status.kv["tiny"].used_blocks == 0
 
 
 @contextmanager
@@ -251,6 +251,6 @@ def test_a_reader_that_goes_away_frees_its_blocks_within_a_step(served: Applicat
         assert time.monotonic() - gone < 10
     after = served.idle()
     assert after.generated_tokens - before.generated_tokens < ENDLESS
-    ledger = eventually(lambda: (s := served.status().kv) and not s.used_blocks and s)
+    ledger = eventually(lambda: (s := served.status().kv["tiny"]) and not s.used_blocks and s)
     assert ledger.active_sequences == 0
     assert len(served.generate([5, 6, 7], max_tokens=5)) == 5

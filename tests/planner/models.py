@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raytier.checkpoint.manifest import KVLayerSpec, ModelManifest, Parameter, Role
+from raytier.checkpoint.manifest import ExpertBank, ExpertPart, KVLayerSpec, ModelManifest, Parameter, Role
 from raytier.config import AppConfig, parse_config
 from raytier.hardware.inventory import GPU, NodeInventory
 from raytier.hardware.rates import Overlap, Rates
@@ -92,6 +92,39 @@ def llama(
         embedding=embedding,
         head=embedding if tied else head,
     )
+
+
+def mixture(
+    *,
+    layers: int,
+    experts: int,
+    per_token: int,
+    hidden: int,
+    intermediate: int,
+    dense_layers: int = 0,
+    vocab: int = 4096,
+    heads: int = 8,
+    kv_heads: int = 4,
+) -> ModelManifest:
+    """A mixture of experts without files, in bf16: Llama's attention, and from layer `dense_layers` on routed experts,
+    each with its projections as parameters of their own."""
+    base = llama(layers=layers, hidden=hidden, intermediate=intermediate, vocab=vocab, heads=heads, kv_heads=kv_heads)
+    banks = [f"model.layers.{n}.mlp.experts" for n in range(dense_layers, layers)]
+    parameters = [p for p in base.parameters if p.layer is None or p.layer < dense_layers or ".mlp." not in p.name]
+    projections = (("gate_up_proj", 0, intermediate, hidden), ("gate_up_proj", 1, intermediate, hidden))
+    for layer, bank in enumerate(banks, dense_layers):
+        gate = f"model.layers.{layer}.mlp.gate.weight"
+        parameters.append(Parameter(gate, (experts, hidden), "bfloat16", Role.LAYER, layer))
+        parameters += [
+            Parameter(
+                f"{bank}.{expert}.{weight}.{part}", (rows, columns), "bfloat16", Role.LAYER, layer,
+                expert=ExpertPart(bank, weight, expert, part),
+            )
+            for expert in range(experts)
+            for weight, part, rows, columns in (*projections, ("down_proj", 0, hidden, intermediate))
+        ]  # fmt: skip
+    found = tuple(ExpertBank(bank, n, experts, per_token) for n, bank in enumerate(banks, dense_layers))
+    return replace(base, architecture="MixtureForCausalLM", parameters=tuple(parameters), experts=found)
 
 
 def configuration(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from prometheus_client.core import Metric
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backing
 
-from raytier.actors.device import DeviceStatus, Move, MoveResult
+from raytier.actors.device import DeviceStatus, HostedModel, Move, MoveResult
 from raytier.actors.group import GroupStatus
 from raytier.actors.host import HostStatus
 from raytier.actors.transfers import ParameterMover, TransferManager
+from raytier.catalog.control import ModelControl
 from raytier.checkpoint.manifest import GenerationDefaults, ModelDescription, ModelManifest, TokenizerSpec
-from raytier.config import Scheduler, parse_config
+from raytier.config import AppConfig, Scheduler, parse_config
 from raytier.engine.engine import Engine, EngineConfig
 from raytier.engine.outputs import EngineStats
 from raytier.engine.step import Arrival, StepBatch, StepResult, TokenLogprobs
@@ -24,12 +26,14 @@ from raytier.errors import EngineDeadError, ResourceNotAvailableError, TierError
 from raytier.execution.parameters import ParameterStatus
 from raytier.kv.block_pool import BlockPool
 from raytier.kv.cache import KVCache
+from raytier.model_entry import ModelEntry
 from raytier.planner.budgets import DeviceKind
 from raytier.planner.placement import plan_weights
-from raytier.planner.plan import Tier
-from raytier.serve.control import ModelControl
+from raytier.planner.plan import Tier, WeightPlan
 from raytier.serve.runtime import Runtime
 from raytier.serve.served import ServedModel
+from raytier.sources.loader import FetchOptions, Loaders, ModelLoader, Progress
+from raytier.sources.registry import Registry
 from raytier.tiers.transfers import TransferQueue
 from tests.planner.models import CPU_NODE, RATES, configuration, llama
 
@@ -124,6 +128,19 @@ def die() -> None:
     raise EngineDeadError("the device actor died (OOM)")
 
 
+class EchoLoader(ModelLoader):
+    """Files that are always there."""
+
+    def __init__(self, config: AppConfig) -> None:
+        pass
+
+    def find(self, entry: ModelEntry) -> str | None:
+        return entry.source_path
+
+    async def load(self, entry: ModelEntry, progress: Progress, options: FetchOptions) -> str:
+        return entry.source_path
+
+
 class EchoPlace:
     """A tier whose room is counted in bytes."""
 
@@ -197,7 +214,8 @@ class EchoNode:
         self.description = ModelDescription(llama(layers=2), tokenizer.spec)
         self.pids = {"device": 1, "host": 2}
         self.transfers = TransferManager(TransferQueue(capacity=2))
-        self.model: EchoModel | None = None
+        self.models: dict[str, EchoModel] = {}
+        self.device_budget = 64 * 2**20
         self.loads = 0
         self.load_gate, self.read_gate = threading.Event(), threading.Event()
         self.load_gate.set()
@@ -205,18 +223,25 @@ class EchoNode:
         self.load_error: Exception | None = None
         self.read_error: Exception | None = None
 
-    def load_model(self, description: ModelDescription) -> Engine:
+    @property
+    def model(self) -> EchoModel | None:
+        return self.models.get(MODEL)
+
+    def plan_model(self, model_id: str, description: ModelDescription, without: Collection[str]) -> WeightPlan:
+        return plan_weights(description.manifest, CPU_NODE, RATES, configuration(device_mb=64, host_mb=8), kind="cpu")
+
+    def load_model(self, model_id: str, description: ModelDescription, plan: WeightPlan | None = None) -> Engine:
         assert description is self.description
-        assert self.model is None, "two models at once"
+        assert model_id == MODEL and not self.models, "two models at once"
         self.loads += 1
         assert self.load_gate.wait(30), "the test left the gate closed"
         if self.load_error is not None:
             raise self.load_error
-        self.model = EchoModel(self)
-        self.transfers.attach(self.model.mover)
-        return self.model.engine
+        model = self.models[MODEL] = EchoModel(self)
+        self.transfers.attach(model.mover)
+        return model.engine
 
-    def wait_loaded(self) -> float:
+    def wait_loaded(self, model_id: str) -> float:
         model = self.model
         assert model is not None
         while not self.read_gate.wait(0.01):
@@ -227,7 +252,12 @@ class EchoNode:
             raise self.read_error
         return 0.5
 
-    def unload_model(self, cancel: threading.Event) -> None:
+    def sleep_model(self, model_id: str, cancel: threading.Event) -> None:
+        self.unload_model(model_id, cancel)
+
+    def unload_model(self, model_id: str, cancel: threading.Event) -> None:
+        if self.model is None:  # it was asleep
+            return
         model = self.model
         assert model is not None
         while (stats := model.engine.stats()).dead is None and stats.running and not cancel.wait(0.01):
@@ -235,13 +265,15 @@ class EchoNode:
         model.engine.close("it was unloaded")
         self.transfers.detach(MODEL, "it was unloaded")
         self.transfers.settle(MODEL)
-        self.model = None
+        del self.models[MODEL]
 
     def status(self, timeout_s: float = 1) -> GroupStatus:
-        device = DeviceStatus("d", 1, "cpu", 1, MODEL, 10, 20, 30, 40, 0, 0, 0.0, 0, 5, 250, 1000)
-        return GroupStatus(device=device, host=HostStatus("h", 2, 100, 60, 60, 40, {MODEL: 40}, 1))
+        device = DeviceStatus(
+            "d", 1, "cpu", 1, {MODEL: HostedModel(10, 20, 30, 40, 80, 0, 5, 250, 1000)}, (), 0, 0, 0.0
+        )
+        return GroupStatus(device=device, host=HostStatus("h", 2, 100, 60, 60, 40, {MODEL: 40}, 1, {}))
 
-    def layers(self, timeout_s: float = 1) -> tuple[ParameterStatus, ...]:
+    def layers(self, model_id: str, timeout_s: float = 1) -> tuple[ParameterStatus, ...]:
         if self.model is None:
             return ()
         return tuple(
@@ -264,12 +296,15 @@ class Served:
         timeout_s: float | None = None,
     ) -> None:
         self.node = EchoNode(tokenizer, scheduler, blocks, max_context)
-        config = parse_config({"models": [{"model_id": MODEL, "source_path": "/models/llama"}]})
-        self.control = ModelControl(self.node, config.model, self._describe, scheduler.max_queue)
-        self.runtime = Runtime("app", self.node, self.control, self.node.description, request_timeout_s=timeout_s)
+        entry = {"model_id": MODEL, "source_type": "echo", "source_path": "/models/llama"}
+        config = parse_config({"models": [entry], "loaders": {"echo": "tests.serve.echo:EchoLoader"}})
+        registry, loaders = Registry.of(config), Loaders(config)
+        self.control = ModelControl(self.node, registry, loaders, self._describe, scheduler.max_queue)
+        self.control.remember(MODEL, self.node.description)
+        self.runtime = Runtime("app", self.node, self.control, request_timeout_s=timeout_s)
         self.reason: str | None = None
 
-    def _describe(self) -> ModelDescription:
+    def _describe(self, entry: ModelEntry, directory: str) -> ModelDescription:
         return self.node.description
 
     @property
@@ -292,13 +327,18 @@ class Served:
     async def load(self) -> None:
         """Load the model and wait until it is."""
         self.control.load(None)
-        await self.eventually(lambda: self.control.state == "loaded")
+        await self.eventually(lambda: self.control.state() == "loaded")
 
     def model_ids(self) -> list[str]:
         return [MODEL]
 
+    def using(self, model_id: str | None) -> AbstractAsyncContextManager[ServedModel]:
+        return self.runtime.using(model_id)
+
     async def model(self, model_id: str | None) -> ServedModel:
-        return await self.runtime.served(model_id)
+        """As `using`, for tests that let the model go only when they end."""
+        async with self.using(model_id) as served:
+            return served
 
     def metrics(self) -> Iterable[Metric]:
         return self.runtime.metrics()

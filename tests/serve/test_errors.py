@@ -382,7 +382,7 @@ async def test_errors_of_the_backend(
     def refuse(model_id: str | None) -> None:
         raise raised
 
-    monkeypatch.setattr(served, "model", refuse)
+    monkeypatch.setattr(served, "using", refuse)
     answer = await http.post(TEXT, json={"prompt": "a"})
     error = error_of(answer, status)
     assert (error["type"], error["message"]) == (kind, raised.message)
@@ -395,7 +395,7 @@ async def test_a_bug_is_logged_and_not_shown(
     def bug(model_id: str | None) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(served, "model", bug)
+    monkeypatch.setattr(served, "using", bug)
     with caplog.at_level(logging.ERROR):
         answer = await http.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "mine-1"})
     error = error_of(answer, 500)

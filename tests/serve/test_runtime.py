@@ -56,6 +56,10 @@ async def test_overview(http: httpx.AsyncClient) -> None:
     assert answer["name"] == "raytier"
     assert answer["docs"] == "/api/docs"
     assert set(answer["routes"]) == {
+        "GET /api/models",
+        "POST /api/models/register",
+        "POST /api/models/sleep",
+        "POST /api/models/wake",
         "GET /api",
         "GET /api/status",
         "POST /api/models/load",
@@ -141,7 +145,7 @@ async def test_model_status(idle: Served, idle_http: httpx.AsyncClient) -> None:
     assert 0 < left < 60
     assert loading["progress"] == {"bytes_loaded": 250, "bytes_total": 1000}
     idle.node.read_gate.set()
-    await idle.eventually(lambda: idle.control.state == "loaded")
+    await idle.eventually(lambda: idle.control.state() == "loaded")
     assert (await status())["progress"] is None
     error_of(await idle_http.get("/api/models/status", params={"model": "other"}), 404)
 
@@ -160,7 +164,7 @@ async def test_load_and_unload(idle: Served, idle_http: httpx.AsyncClient) -> No
     answer = await idle_http.post(load, json=body)
     assert answer.status_code == 202
     assert "secret" not in answer.text
-    await idle.eventually(lambda: idle.control.state == "loaded")
+    await idle.eventually(lambda: idle.control.state() == "loaded")
     assert "already" in (await idle_http.post(load, json=body)).json()["message"]
     answer = await idle_http.post(unload, json={"model": MODEL, "mode": "cancel"})
     assert answer.status_code == 200
@@ -194,7 +198,7 @@ async def test_a_request_waits_for_a_load(idle: Served, idle_http: httpx.AsyncCl
     idle.node.load_gate.clear()
     assert (await idle_http.post("/api/models/load", json={"model_name_or_path": MODEL})).status_code == 202
     waiting = [asyncio.ensure_future(idle_http.post("/v1/completions", json={"prompt": "dog"})) for _ in range(2)]
-    await idle.eventually(lambda: idle.control._waiting == 2)
+    await idle.eventually(lambda: idle.control.of(None).waiting == 2)
     error_of(await idle_http.post("/v1/completions", json={"prompt": "dog"}), 429)
     idle.node.load_gate.set()
     for answer in await asyncio.gather(*waiting):
@@ -206,7 +210,7 @@ async def test_a_load_that_fails_reaches_who_waits(idle: Served, idle_http: http
     idle.node.load_error = ResourceNotAvailableError("5 GiB are missing")
     await idle_http.post("/api/models/load", json={"model_name_or_path": MODEL})
     waiting = asyncio.ensure_future(idle_http.post("/v1/completions", json={"prompt": "dog"}))
-    await idle.eventually(lambda: idle.control._waiting)
+    await idle.eventually(lambda: idle.control.of(None).waiting)
     idle.node.load_gate.set()
     assert "5 GiB are missing" in error_of(await waiting, 503)["message"]
     status = (await idle_http.get("/api/models/status")).json()
@@ -221,7 +225,7 @@ async def test_unloading_with_requests_in_flight(app: FastAPI, http: httpx.Async
         running = Exchange(app, "/v1/completions", {"prompt": "one two"})
         await served.until(lambda stats: stats.running)
         unloading = asyncio.ensure_future(http.post("/api/models/unload", json={"mode": mode}))
-        await served.eventually(lambda: served.control.state == "unloading")
+        await served.eventually(lambda: served.control.state() == "unloading")
         error_of(await http.post("/v1/completions", json={"prompt": "dog"}), 409)
         error_of(await http.post("/api/models/load", json={"model_name_or_path": MODEL}), 409)
         await asyncio.sleep(0.05)
@@ -290,7 +294,7 @@ async def test_layers(http: httpx.AsyncClient, served: Served) -> None:
         "current_size_mb": 768 * 256 * 2 / MIB,
         "current_device": "cpu",
         "gpu_id": None,
-        "quantization_type": "none",
+        "quantization_type": "source",
         "compression_type": "none",
         "access_count": 7,
         "last_access_timestamp": 1.5e9,

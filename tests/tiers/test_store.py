@@ -50,7 +50,7 @@ def decoded(copy: TierCopy, parameter: Parameter) -> bytes:
         frame = coded[offsets[index] : offsets[index + 1]]
         assert checksum(frame.data) == sum_
         start = index * stored.frames.step
-        into = out[start : start + stored.frames.decoded(index)]
+        into = out[start : start + (stored.frames.starts()[index + 1] - stored.frames.starts()[index])]
         decoder.decode(stored.codec, element_of(stored.form, parameter.dtype), frame, into)
     return out.tobytes()
 

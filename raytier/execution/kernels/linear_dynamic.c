@@ -81,14 +81,14 @@ static inline __attribute__((always_inline)) void dots(const int M, const int R,
     const float *scales = scales_of(w);
     const __m512i ones = _mm512_set1_epi8(1);
     for (long n = first; n < first + width; n += R) {
-        __m512i sum[R][M], all[R];
+        __m512i sum[4][8], all[4];
         for (int r = 0; r < R; r++) {
             all[r] = _mm512_setzero_si512();
             for (int m = 0; m < M; m++)
                 sum[r][m] = _mm512_setzero_si512();
         }
         for (long k = 0; k < K; k += 64) {
-            __m512i row[R];
+            __m512i row[4];
             for (int r = 0; r < R; r++) {
                 const int8_t *p = weight + (n + r) * K + k;
                 _mm_prefetch((const char *)p + R * K, _MM_HINT_T1);

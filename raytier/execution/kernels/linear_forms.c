@@ -133,15 +133,16 @@ INLINE void fetch(const int form, const uint8_t *p)
         _mm_prefetch((const char *)p + 64, _MM_HINT_T1);
 }
 
-/* M rows of x against R rows of coded weights at a time. */
+/* M rows of x, at most 8, against R rows of coded weights, at most 4, at a time. The sizes of arrays are literals, for
+   gcc keeps no others in registers. */
 INLINE void coded_dots( const int M, const int R, const bf16 *x, const matrix_t *w, long first, long width,
                  bf16 *out, long S)
 {
     const int form = CODED;
     const long K = w->inputs;
     for (long n = first; n < first + width; n += R) {
-        __m512 sum[R][M];
-        cursor_t c[R];
+        __m512 sum[4][8];
+        cursor_t c[4];
         const long ahead = row_at(form, w, n + R) - row_at(form, w, n);
         for (int r = 0; r < R; r++) {
             c[r] = begin(form, w, n + r);
@@ -149,7 +150,7 @@ INLINE void coded_dots( const int M, const int R, const bf16 *x, const matrix_t 
                 sum[r][m] = _mm512_setzero_ps();
         }
         for (long k = 0; k < K; k += 64) {
-            __m512i low[R], high[R];
+            __m512i low[4], high[4];
             for (int r = 0; r < R; r++) {
                 fetch(form, c[r].p + ahead);
                 next(form, &c[r], k, &low[r], &high[r]);
@@ -216,9 +217,9 @@ INLINE void word_dots(const int form, const int M, const int R, const void *prep
     const float *scales = scales_of(form, w);
     const __m512i zero = _mm512_setzero_si512(), upper = _mm512_set1_epi32((int)0xffff0000);
     for (long n = first; n < first + width; n += R) {
-        __m512 sum[R][M];
-        __m512i head[R], other[R];
-        const uint8_t *p[R];
+        __m512 sum[4][8];
+        __m512i head[4], other[4];
+        const uint8_t *p[4];
         const long ahead = row_at(form, w, n + R) - row_at(form, w, n);
         for (int r = 0; r < R; r++) {
             p[r] = row_at(form, w, n + r);
@@ -227,7 +228,7 @@ INLINE void word_dots(const int form, const int M, const int R, const void *prep
                 sum[r][m] = _mm512_setzero_ps();
         }
         for (long k = 0; k < K; k += 64) {
-            __m512i low[R], high[R];
+            __m512i low[4], high[4];
             for (int r = 0; r < R; r++) {
                 fetch(form, p[r] + ahead);
                 if (form == INT8) {
