@@ -75,6 +75,10 @@ class Form:
         """Whether it cannot hold every bf16 weight."""
         return not self.coded and (self.dtype is None or self.name == "fp16")
 
+    def rounds(self, dtype: str) -> bool:
+        """Whether weights of `dtype` may not be what they were."""
+        return not self.coded and self.dtype not in (dtype, "float32")
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of this shape can have the form: everything can be plain, the others are for matrices."""
         return self.dtype is not None or (len(shape) == 2 and shape[0] % 16 == shape[1] % max(64, self.group) == 0)

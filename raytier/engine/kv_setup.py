@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from hashlib import blake2b
 
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import AppConfig
@@ -30,7 +32,10 @@ def lower_shape(manifest: ModelManifest, plan: WeightPlan, config: AppConfig, kv
     host, disk = below.host_bytes // slot, below.disk_bytes // slot
     if not host:
         return None
-    return LowerShape(sizes, host, disk, kv_directories(config) if disk else (), kv.root.hex(), config.kv.persist)
+    # Weights in other forms make other KV: what they leave on disk is not for each other.
+    forms = json.dumps([(placement.name, placement.precision) for placement in plan.placements])
+    name = blake2b(kv.root + forms.encode(), digest_size=16).hexdigest()
+    return LowerShape(sizes, host, disk, kv_directories(config) if disk else (), name, config.kv.persist)
 
 
 def host_bytes(shape: LowerShape) -> int:

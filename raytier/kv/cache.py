@@ -21,7 +21,7 @@ from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import KVCache as KVConfig
 from raytier.kv.block_pool import NULL_BLOCK, BlockPool
 from raytier.kv.costs import KVCosts
-from raytier.kv.hashing import extend_hashes, root_hash
+from raytier.kv.hashing import block_hash, extend_hashes, root_hash
 from raytier.kv.ledger import LedgerDelta, SequenceDelta
 from raytier.kv.lower import LowerTiers
 from raytier.kv.orders import KVOrders, KVReport
@@ -58,6 +58,7 @@ class KVCache:
         self.root = root
         self.block_size = pools[0].block_size
         self.counts = CacheCounts()
+        self._era = 0
         self._reported = (CacheCounts(), 0)
         self._changes: dict[tuple[int, int], tuple[set[int], set[int]]] = {}  # (sequence, group) -> blocks (+, -)
         self.lower: LowerTiers | None = None
@@ -148,6 +149,9 @@ class KVCache:
         blocks = min(limit, len(tokens)) // self.block_size
         if not self.policy.prefix_caching or blocks < self.policy.min_prefix_blocks:
             return self._nothing()
+        if kv.era != self._era:  # they begin with another root
+            kv.hashes.clear()
+            kv.era = self._era
         extend_hashes(kv.hashes, kv.root or self.root, tokens, self.block_size, blocks)
         hashes = kv.hashes[:blocks]
         count, refused = self._finder.longest(hashes, len(tokens))
@@ -170,9 +174,10 @@ class KVCache:
     def fork_of(self, parent: SequenceKV, num_tokens: int) -> Prefix | None:
         """The first `num_tokens` tokens of a running sequence, its last block shared even if it is not full.
 
-        None where the parent has given up what the next token would see, or samples share nothing.
+        None where the parent has given up what the next token would see or has begun before `clear`, or samples share
+        nothing.
         """
-        if not self.policy.sharing or num_tokens < 1:
+        if not self.policy.sharing or num_tokens < 1 or parent.era != self._era:
             return None
         count = -(-num_tokens // self.block_size)
         tables = []
@@ -208,6 +213,7 @@ class KVCache:
         kv.tables = [list(table) for table in prefix.tables]
         kv.passed = [self._finder.first_block(group, prefix.num_tokens) for group in range(len(self.pools))]
         kv.registered = prefix.num_tokens // self.block_size
+        kv.era = self._era
         for pool, table in zip(self.pools, prefix.tables, strict=True):
             pool.share(block for block in table if block != NULL_BLOCK)
         if self.lower is not None and not prefix.forked:
@@ -287,7 +293,7 @@ class KVCache:
         """The KV of the first `num_computed` tokens is there: full blocks can be found from now on, and those that no
         window reaches any more are free."""
         full = num_computed // self.block_size
-        if self.policy.prefix_caching and full > kv.registered:
+        if self.policy.prefix_caching and full > kv.registered and kv.era == self._era:
             extend_hashes(kv.hashes, kv.root or self.root, tokens, self.block_size, full)
             for index in range(kv.registered, full):
                 for pool, table in zip(self.pools, kv.tables, strict=True):
@@ -330,8 +336,11 @@ class KVCache:
         return sum(pool.evict(n) for pool in self.pools)
 
     def clear(self) -> int:
-        """Nothing is found any more on any tier, the blocks of running sequences included; returns how many hashes are
-        gone. What is being moved just now is found for that long."""
+        """Nothing is found any more on any tier, and nothing of running sequences will be: their KV follows from what
+        there was before. Returns how many hashes are gone."""
+        self._era += 1
+        # What is being moved just now stays below for that long, and is not asked for by this name any more.
+        self.root = block_hash(self.root, (self._era,))
         below = 0
         for pool in self.pools:
             pool.on_evict = None

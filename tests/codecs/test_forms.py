@@ -40,6 +40,19 @@ def test_plain_forms_keep_every_bit(bits: list[int], dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [
+        ("bfloat16", {"bf16", "bf16-coded", "fp32"}),
+        ("float16", {"fp16", "fp32", "bf16-coded"}),
+        ("float32", {"fp32", "bf16-coded"}),
+    ],
+)
+def test_what_rounds(dtype: str, exact: set[str]) -> None:
+    """Only bf16 weights are ever coded."""
+    assert {name for name, form in FORMS.items() if not form.rounds(dtype)} == exact
+
+
+@pytest.mark.parametrize(
     ("name", "bound"),
     [("int8", 0.01), ("int8-dynamic", 0.01), ("int4-32", 0.085), ("int4-64", 0.095), ("int4-128", 0.105)],
 )
