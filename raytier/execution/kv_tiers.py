@@ -22,9 +22,10 @@ from torch import Tensor
 
 from raytier.errors import TierError
 from raytier.execution.kv_store import KVStore
-from raytier.execution.layout import Read
-from raytier.execution.reader import ReaderPool, ReadTicket, Urgency
+from raytier.execution.reader import ReaderPool, Urgency
+from raytier.execution.reads import Read
 from raytier.execution.threads import compute_with
+from raytier.execution.ticket import ReadTicket
 from raytier.kv.orders import BlockMove, DiskWrite, KVOrders, KVReport, LowerShape, Moved
 from raytier.planner.plan import Tier
 from raytier.planner.sizing import KV_CHUNK_BYTES, KV_CHUNKS

@@ -278,7 +278,7 @@ class EchoNode:
 
     def status(self, timeout_s: float = 1) -> GroupStatus:
         device = DeviceStatus(
-            "d", 1, "cpu", 1, {MODEL: HostedModel(10, 20, 30, 40, 80, 0, 5, 250, 1000)}, (), 0, 0, 0.0
+            "d", 1, "cpu", 1, {MODEL: HostedModel(10, 20, 0, 30, 40, 80, 0, 5, 250, 1000)}, (), 0, 0, 0.0
         )
         return GroupStatus(device=device, host=HostStatus("h", 2, 100, 60, 60, 40, {MODEL: 40}, 1, {}))
 
