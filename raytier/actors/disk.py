@@ -120,7 +120,7 @@ class DiskTierActor:
             self._open_ramdisk(tier)
         else:
             self._open_directories(tier)
-            self.open_store(store)
+            self._open_store(store)
         atexit.register(self.close)
 
     def _open_ramdisk(self, tier: RamdiskTier) -> None:
@@ -162,6 +162,9 @@ class DiskTierActor:
         Raises:
             ConfigurationError, ResourceNotAvailableError: a directory cannot be had; says which and why.
         """
+        self._open_store(directories)
+
+    def _open_store(self, directories: Sequence[str]) -> None:
         if not directories or self._store is not None:
             return
         assert isinstance(self._section, NvmeTier)
