@@ -13,6 +13,7 @@ import ray
 from ray._private.state import available_resources_per_node  # a DeveloperAPI; what is free has no other per-node view
 
 from raytier.checkpoint.manifest import ModelDescription
+from raytier.checkpoint.quantisation import quantised
 from raytier.config import AppConfig
 from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory, take_inventory
@@ -96,7 +97,7 @@ def _as_wanted(config: AppConfig, entry: ModelEntry) -> AppConfig:
     if config.compute.device == "auto" and entry.device_preference != "auto":
         compute = config.compute.model_copy(update={"device": entry.device_preference})
         config = config.model_copy(update={"compute": compute})
-    return config.quantised(entry.quantization_bits)
+    return quantised(config, entry.quantization_bits)
 
 
 def _host_bytes(inventory: NodeInventory, config: AppConfig, kind: DeviceKind) -> int:

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
+from raytier.checkpoint.quantisation import quantised
 from raytier.codecs.codec import Codec, Frames, frame_step
 from raytier.codecs.forms import Form
 from raytier.config import AppConfig
@@ -350,7 +351,7 @@ class ModelDescription:
 
     def configure(self, config: AppConfig) -> AppConfig:
         """`config` with the precision of the model's entry, and its wishes wherever that says nothing (spec E8)."""
-        config = config.quantised(self.quantization_bits)
+        config = quantised(config, self.quantization_bits)
         scheduler = _fill(config.scheduler, max_num_seqs=self.max_num_seqs)
         kv = _fill(config.kv, block_size=self.kv_block_size, max_blocks=self.kv_total_blocks)
         return config.model_copy(update={"scheduler": scheduler, "kv": kv})

@@ -30,7 +30,8 @@ from raytier.sources.loader import Loaders
 from raytier.sources.registry import Registry
 
 if TYPE_CHECKING:
-    from raytier.checkpoint.manifest import ModelManifest
+    from raytier.checkpoint.quantisation import quantised
+from raytier.checkpoint.manifest import ModelManifest
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _describe(directory: str, entry: ModelEntry, config: AppConfig) -> tuple[Mod
     if any(name.endswith(weights) for name in os.listdir(directory)):
         description = describe_entry(entry, directory)
         return description.manifest, description.configure(config)
-    return describe_config(directory), config.quantised(entry.quantization_bits)
+    return describe_config(directory), quantised(config, entry.quantization_bits)
 
 
 def _as_dict(planned: Planned) -> dict[str, Any]:

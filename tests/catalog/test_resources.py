@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from raytier.catalog.resources import check_resources
+from raytier.checkpoint.quantisation import quantised
 from raytier.config import parse_config
 from raytier.errors import RaytierError, ResourceNotAvailableError, UnsupportedModelError
 from raytier.hardware.inventory import take_inventory
@@ -59,10 +60,10 @@ def test_what_can_be_is_not(fields: dict[str, Any]) -> None:
 def test_quantization_bits_go_before_the_precision_of_the_application() -> None:
     models = [{"model_id": "m", "source_path": "builtin:demo"}]
     config = parse_config({"models": models, "precision": {"enabled": False, "nvme": "bf16"}})
-    assert config.quantised(None) is config
+    assert quantised(config, None) is config
     assert not store_directories(config)
     for bits, wanted in ((8, "int8"), (4, "int4")):
-        precision = config.quantised(bits).precision  # type: ignore[arg-type]
+        precision = quantised(config, bits).precision  # type: ignore[arg-type]
         assert precision.enabled
         assert {getattr(precision, tier) for tier in ("device", "host", "ramdisk", "nvme")} == {wanted}
-        assert store_directories(config.quantised(bits))  # type: ignore[arg-type]
+        assert store_directories(quantised(config, bits))  # type: ignore[arg-type]
