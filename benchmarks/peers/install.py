@@ -44,6 +44,14 @@ def missing(*names: str) -> list[str]:
     return [f"{name} is not installed (python {__file__} {name})" for name in names if python_of(name) is None]
 
 
+#: gcc believes that LDTILECFG reads 8 bytes and leaves out what writes the other 56: with AMX, llama.cpp then crashes on
+#: quantised models (gcc 12.2, seen here). These passes are the ones that do it.
+_KEEP_STORES = "-fno-tree-dse -fno-dse"
+_BUILD = {
+    "llama": {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_KEEP_STORES}' -DCMAKE_CXX_FLAGS='{_KEEP_STORES}'"},
+}
+
+
 def _pins(name: str) -> str:
     return hashlib.sha256((HERE / f"{name}.txt").read_bytes()).hexdigest()
 
@@ -65,7 +73,7 @@ def install(name: str, directory: Path, pip_args: list[str]) -> None:
     if name == "llama":
         command += ["--no-binary", "llama-cpp-python"]
         print(f"{name}: compiling llama.cpp takes some minutes", flush=True)
-    subprocess.run([*command, "-r", str(HERE / f"{name}.txt")], check=True)
+    subprocess.run([*command, "-r", str(HERE / f"{name}.txt")], check=True, env=os.environ | _BUILD.get(name, {}))
     subprocess.run([python, "-c", f"import {IMPORTS[name]}"], check=True, cwd=directory)
     (root / _STAMP).write_text(_pins(name))
 
