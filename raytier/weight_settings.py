@@ -81,9 +81,10 @@ class PrecisionSection(Section):
 
     def wishes(self, tier: str) -> frozenset[str]:
         """What parameters of a tier may be asked to be; empty where nothing is asked for."""
-        own = getattr(self, tier)
-        wishes = (own,) if own is not None else self.permitted or (self.default,)
-        return frozenset(wishes if self.enabled else ())
+        if not self.enabled:
+            return frozenset()
+        own: Precision | None = getattr(self, tier)
+        return frozenset(self.permitted or (self.default,)) if own is None else frozenset((own,))
 
 
 MemoryCompression = Literal["none", "coded-exponents"]

@@ -85,7 +85,7 @@ def precisions(config: AppConfig, manifest: ModelManifest, kind: DeviceKind) -> 
     precision = config.precision
     if not precision.permitted or not precision.enabled:
         return [config]
-    errors = {}
+    errors: dict[str, float] = {}
     for name in precision.permitted:
         form = _form_named(name, precision.int4_group)
         if form is None or form.dtype is not None or kind == "cpu":
