@@ -314,6 +314,16 @@ class AppConfig(Section):
             raise ValueError(f"startup_model: {self.startup_model!r} is not one of {names}")
         return self
 
+    def quantised(self, bits: Literal[4, 8] | None) -> AppConfig:
+        """This configuration for a model whose entry has `quantization_bits`: its matrices are int8 or int4 on every
+        tier, whatever `precision` says of other models."""
+        if bits is None:
+            return self
+        wish = "int8" if bits == 8 else "int4"
+        tiers = dict.fromkeys(("default", "device", "host", "ramdisk", "nvme"), wish)
+        precision = self.precision.model_copy(update={"enabled": True, **tiers})
+        return self.model_copy(update={"precision": precision})
+
     def converts(self, tier: Literal["ramdisk", "nvme"]) -> bool:
         """Whether files of a tier may hold parameters in another form than the checkpoint, or coded."""
         return bool(self.precision.wishes(tier) - {"source"}) or self.compression.of(tier) != "none"

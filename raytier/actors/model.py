@@ -24,7 +24,7 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import GroupShape
-from raytier.planner.budgets import disk_directories
+from raytier.planner.budgets import disk_directories, store_directories
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
 from raytier.tiers.copies import TierCopy
 
@@ -160,6 +160,8 @@ class LoadedModel:
             for window in manifest.kv_windows
         ]
         opening = actors.kv.open.remote(self.model_id, shapes, share.block_size)
+        if store := store_directories(config):
+            answer_of(actors.disk.open_store.remote(store), CALL_TIMEOUT_S)
         grants, copies = self._obtain()
         nvme = config.tiers.nvme
         self._loading = actors.device.load.remote(
