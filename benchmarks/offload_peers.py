@@ -149,6 +149,7 @@ def start(
             "kv": {"expected_sequences": 1, "expected_context": 128},
             "scheduler": {"max_num_seqs": 1, "max_num_batched_tokens": 64},
             "compute": {"device": "cpu", "threads": threads},
+            "compression": dict.fromkeys(("device", "nvme"), options.compression),
             "cache_dir": str(model / "cache"),  # rates are measured for this run
         }
         about = one.call("load", path=str(model), settings=settings)
@@ -217,6 +218,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--rounds", type=int, help="five, at least, for a result that counts (quick: 1)")
     parser.add_argument("--threads", type=int, help="CPU threads of every side (all cores)")
+    parser.add_argument(
+        "--compression",
+        default="coded-exponents",
+        choices=["none", "zstd-planes", "coded-exponents"],
+        help="of raytier's weights on the device and on disk, without loss",
+    )
     parser.add_argument("--max-mb", type=float, help="raytier's tiers.device.max_mb (its own choice)")
     parser.add_argument("--only", action="append", choices=list(ENVIRONMENTS), help="this peer alone")
     parser.add_argument("--dir", default="/var/tmp", help="directory on the disk to measure, not a tmpfs")

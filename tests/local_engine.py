@@ -11,7 +11,8 @@ from typing import Any
 from raytier.checkpoint.describe import describe_model
 from raytier.checkpoint.manifest import ModelManifest, Role
 from raytier.config import parse_config
-from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.config import EngineConfig
+from raytier.engine.engine import Engine
 from raytier.engine.tokenizer import Tokenizer
 from raytier.execution import sources
 from raytier.execution.model_runner import ModelRunner

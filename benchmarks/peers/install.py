@@ -44,8 +44,8 @@ def missing(*names: str) -> list[str]:
     return [f"{name} is not installed (python {__file__} {name})" for name in names if python_of(name) is None]
 
 
-#: gcc believes that LDTILECFG reads 8 bytes and leaves out what writes the other 56: with AMX, llama.cpp then crashes on
-#: quantised models (gcc 12.2, seen here). These passes are the ones that do it.
+#: gcc believes that LDTILECFG reads 8 bytes and leaves out what writes the other 56: with AMX, llama.cpp then crashes
+#: on quantised models (gcc 12.2, seen here). These passes are the ones that do it.
 _KEEP_STORES = "-fno-tree-dse -fno-dse"
 _BUILD = {
     "llama": {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_KEEP_STORES}' -DCMAKE_CXX_FLAGS='{_KEEP_STORES}'"},

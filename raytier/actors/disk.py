@@ -20,7 +20,8 @@ from raytier.tiers import owners
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.ramdisk import DEFAULT_PATH, Ramdisk, remove_dead_mount
 from raytier.tiers.store import TierStore
-from raytier.tiers.tier_files import DirectoryUsage, TierFiles, TierUsage
+from raytier.tiers.tier_files import TierFiles
+from raytier.tiers.usage import DirectoryUsage, TierUsage
 
 GIB = 2**30
 

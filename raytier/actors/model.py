@@ -18,7 +18,8 @@ from raytier.actors.places import FilePlace, HostPlace, Place
 from raytier.actors.transfers import ParameterMover, TransferManager
 from raytier.checkpoint.manifest import ModelDescription, ModelManifest
 from raytier.config import MIB, AppConfig
-from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.config import EngineConfig
+from raytier.engine.engine import Engine
 from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.kv.cache import KVCache
@@ -82,10 +83,17 @@ class LoadedModel:
             self.plan.tier_of,
             lambda order: answer_of(actors.device.move.remote(model_id, order)),
             self._places,
+            schemes=self.plan.schemes,
+            on_rounding=self._weights_changed,
             file_tiers=[tier for tier in FILE_TIERS if getattr(config.tiers, tier).enabled],
             kind=actors.kind,
             index=self.plan.devices[0].index,
         )
+
+    def _weights_changed(self) -> None:
+        engine = self._engine
+        if engine is not None:  # else its blocks are gone with it
+            engine.clear_prefix_cache()
 
     @property
     def engine(self) -> Engine:

@@ -16,9 +16,10 @@ from raytier.actors.device import Move, MoveResult
 from raytier.actors.executor import cause_of
 from raytier.actors.places import Place
 from raytier.checkpoint.manifest import ModelManifest
+from raytier.codecs.forms import Form
 from raytier.errors import InvalidRequestError, ParameterNotFoundError, RaytierError
 from raytier.planner.budgets import DeviceKind
-from raytier.planner.plan import Tier
+from raytier.planner.plan import Tier, TierSchemes
 from raytier.planner.sizing import always_resident
 from raytier.tiers.transfers import DEFAULT_PRIORITY, Transfer, TransferCounts, TransferQueue
 
@@ -45,6 +46,9 @@ class ParameterMover:
         tier_of: tier of every parameter when the model was loaded.
         send: has the device make a move.
         places: tiers in which room has to be obtained; nvme is not among them where the checkpoint is read in place.
+        schemes: what each tier makes of a parameter.
+        on_rounding: called when parameters are rounded otherwise than before they moved, so that KV that has been
+            computed is not what would be computed now.
         file_tiers: ramdisk and nvme, as far as they may be used.
         index: number of the device.
     """
@@ -57,6 +61,8 @@ class ParameterMover:
         send: Callable[[Move], MoveResult],
         places: Mapping[Tier, Place],
         *,
+        schemes: TierSchemes,
+        on_rounding: Callable[[], object],
         file_tiers: Sequence[Tier],
         kind: DeviceKind,
         index: int = 0,
@@ -66,6 +72,8 @@ class ParameterMover:
         self.tier_of: Mapping[str, Tier] = dict(tier_of)
         self._send = send
         self._places = places
+        self._schemes = schemes
+        self._on_rounding = on_rounding
         self._file_tiers = tuple(file_tiers)
         self._kind = kind
         self._index = index
@@ -164,10 +172,16 @@ class ParameterMover:
                 self._give_back(place, moving)
             raise
         self.tier_of = dict(self.tier_of) | dict.fromkeys(result.sources, destination)
+        came_from = result.sources.items()
+        if any(self._rounded_to(name, source) != self._rounded_to(name, destination) for name, source in came_from):
+            self._on_rounding()
         for tier, left in self._places.items():
             if names_there := [name for name, source in result.sources.items() if source is tier]:
                 self._give_back(left, names_there)
         return result
+
+    def _rounded_to(self, name: str, tier: Tier) -> Form | None:
+        return self._schemes.rounded_to(self.manifest.by_name[name], tier)
 
     def _give_back(self, place: Place, names: Sequence[str]) -> None:
         try:

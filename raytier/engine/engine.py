@@ -9,12 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 
 from raytier.checkpoint.manifest import GenerationDefaults
-from raytier.config import Scheduler as SchedulerConfig
+from raytier.engine.config import EngineConfig
 from raytier.engine.outputs import EngineStats, LoopTimes, OutputDelta, SequenceUse, Sink, StepReport, merge
 from raytier.engine.requests import CheckedParams, Request, Sample, build_request, check_prompt, check_terms, specify
 from raytier.engine.sampling_params import SamplingParams
@@ -31,26 +30,6 @@ logger = logging.getLogger(__name__)
 
 CLOSED = "it was closed"
 NO_TIME = LoopTimes()
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of an engine.
-
-    Attributes:
-        scheduler: the application's `scheduler` section.
-        max_num_batched_tokens, max_mixed_tokens: tokens that a step carries at most, as planned (`DevicePlan`).
-        max_context: longest sequence in tokens, prompt included.
-        vocab_size: of the model; prompts with other ids are refused before they reach the executor.
-        epoch: which life of the engine this is; carried by every step and report.
-    """
-
-    scheduler: SchedulerConfig
-    max_num_batched_tokens: int
-    max_mixed_tokens: int
-    max_context: int
-    vocab_size: int
-    epoch: int = 0
 
 
 class Engine:
@@ -269,6 +248,12 @@ class Engine:
         """The running sequences and their blocks."""
         with self._changed:
             return [sequence_use(*each, self.kv) for each in self._by_sequence.values() if each[1].sequence.kv.tables]
+
+    def clear_prefix_cache(self) -> int:
+        """Have later requests compute their prompts anew, because the weights are not what they were; returns how many
+        blocks are not found any more. Running requests keep their KV and share it with nobody."""
+        with self._changed:
+            return self.kv.clear()
 
     @property
     def dead(self) -> str | None:

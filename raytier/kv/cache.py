@@ -49,6 +49,7 @@ class KVCache:
         self.root = root
         self.block_size = pools[0].block_size
         self.counts = CacheCounts()
+        self._era = 0
         self._reported = (CacheCounts(), 0)
         self._changes: dict[tuple[int, int], tuple[set[int], set[int]]] = {}  # (sequence, group) -> blocks (+, -)
 
@@ -157,9 +158,10 @@ class KVCache:
     def fork_of(self, parent: SequenceKV, num_tokens: int) -> Prefix | None:
         """The first `num_tokens` tokens of a running sequence, its last block shared even if it is not full.
 
-        None where the parent has given up what the next token would see, or samples share nothing.
+        None where the parent has given up what the next token would see or has begun before `clear`, or samples share
+        nothing.
         """
-        if not self.policy.sharing or num_tokens < 1:
+        if not self.policy.sharing or num_tokens < 1 or parent.era != self._era:
             return None
         count = -(-num_tokens // self.block_size)
         tables = []
@@ -192,6 +194,7 @@ class KVCache:
         kv.tables = [list(table) for table in prefix.tables]
         kv.passed = [table.count(NULL_BLOCK) for table in prefix.tables]
         kv.registered = prefix.num_tokens // self.block_size
+        kv.era = self._era
         for group, (pool, table) in enumerate(zip(self.pools, kv.tables, strict=True)):
             blocks = table[kv.passed[group] :]
             pool.share(blocks)
@@ -246,7 +249,7 @@ class KVCache:
         """The KV of the first `num_computed` tokens is there: full blocks can be found from now on, and those that no
         window reaches any more are free."""
         full = num_computed // self.block_size
-        if self.policy.prefix_caching and full > kv.registered:
+        if self.policy.prefix_caching and full > kv.registered and kv.era == self._era:
             extend_hashes(kv.hashes, kv.root or self.root, tokens, self.block_size, full)
             for index in range(kv.registered, full):
                 for pool, table in zip(self.pools, kv.tables, strict=True):
@@ -292,7 +295,9 @@ class KVCache:
         return sum(pool.evict(n) for pool in self.pools)
 
     def clear(self) -> int:
-        """Nothing is found any more, the blocks of running sequences included; returns how many hashes are gone."""
+        """Nothing is found any more, and nothing of running sequences will be: their KV follows from what there was
+        before. Returns how many hashes are gone."""
+        self._era += 1
         return sum(pool.clear() for pool in self.pools)
 
     def collect(self, keep: int = 0) -> Collection:

@@ -29,6 +29,7 @@ class SequenceKV:
         hashes: of the leading full blocks, as far as they were needed.
         registered: leading blocks that may be found by their hashes.
         passed: per group, leading blocks that the window has passed.
+        era: that of the cache (`KVCache.clear`) when the sequence got its first blocks.
     """
 
     seq_id: int
@@ -37,6 +38,7 @@ class SequenceKV:
     hashes: list[bytes] = field(default_factory=list)
     registered: int = 0
     passed: list[int] = field(default_factory=list)
+    era: int = 0
 
     @property
     def num_blocks(self) -> int:

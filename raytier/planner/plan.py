@@ -10,6 +10,7 @@ from math import prod
 
 from raytier.checkpoint.manifest import Parameter
 from raytier.codecs.codec import RATIOS
+from raytier.codecs.forms import Form
 from raytier.codecs.scheme import PLAIN, Scheme
 
 
@@ -42,6 +43,11 @@ class TierSchemes:
 
     def of(self, name: str, tier: Tier) -> Scheme:
         return self.by_tier.get(tier, {}).get(name, PLAIN)
+
+    def rounded_to(self, parameter: Parameter, tier: Tier) -> Form | None:
+        """The form that a parameter is computed in from a tier, where its weights are not those of the checkpoint."""
+        form = self.of(parameter.name, tier).form
+        return form if form is not None and form.rounds(parameter.dtype) else None
 
     def held_nbytes(self, parameter: Parameter, tier: Tier) -> int:
         """Bytes of a parameter where it is computed on from a tier other than the device: in memory, or in the ring."""

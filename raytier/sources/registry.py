@@ -25,9 +25,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
-from raytier.config import AppConfig, explain
+from raytier.config import AppConfig
 from raytier.errors import ConfigurationError, ModelNotFoundError
 from raytier.model_entry import REQUIRED_FIELDS, ModelEntry
+from raytier.problems import explain
 from raytier.sources.local import local_directory
 
 #: A catalogue of thousands of models is far below that.

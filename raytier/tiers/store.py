@@ -26,7 +26,8 @@ from raytier.tiers.checks import SourceStamp
 from raytier.tiers.copies import TierCopy
 from raytier.tiers.copying import Opener
 from raytier.tiers.owners import KeptDirectory
-from raytier.tiers.tier_files import Progress, TierFiles, TierUsage
+from raytier.tiers.tier_files import Progress, TierFiles
+from raytier.tiers.usage import TierUsage
 
 logger = logging.getLogger(__name__)
 

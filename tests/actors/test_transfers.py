@@ -11,8 +11,10 @@ import pytest
 
 from raytier.actors.device import Move, MoveResult
 from raytier.actors.transfers import ParameterMover, TransferManager
+from raytier.codecs.forms import FORMS, plain_form
+from raytier.codecs.scheme import Scheme
 from raytier.errors import InvalidRequestError, ParameterNotFoundError, ResourceNotAvailableError, TierError
-from raytier.planner.plan import FILE_TIERS, Tier
+from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
 from raytier.tiers.transfers import Transfer, TransferCounts, TransferState
 from tests.planner.models import llama
 
@@ -48,7 +50,13 @@ class Room:
 class Node:
     """A device that does as it is told, unless `error` says otherwise, and places around it."""
 
-    def __init__(self, kind: Any = "cpu", nvme_copies: bool = True) -> None:
+    def __init__(
+        self,
+        kind: Any = "cpu",
+        nvme_copies: bool = True,
+        schemes: TierSchemes | None = None,
+        file_tiers: Sequence[Tier] = FILE_TIERS,
+    ) -> None:
         self.rooms = {tier: Room(tier) for tier in (Tier.HOST, Tier.RAMDISK, Tier.NVME)}
         if not nvme_copies:
             del self.rooms[Tier.NVME]
@@ -57,7 +65,21 @@ class Node:
         self.gate = threading.Event()
         self.gate.set()
         tiers = dict.fromkeys((p.name for p in MANIFEST.parameters), Tier.DEVICE)
-        self.mover = ParameterMover("m", MANIFEST, tiers, self._send, self.rooms, file_tiers=FILE_TIERS, kind=kind)
+        self.roundings = 0
+        self.mover = ParameterMover(
+            "m",
+            MANIFEST,
+            tiers,
+            self._send,
+            self.rooms,
+            schemes=schemes or TierSchemes(),
+            on_rounding=self._note_rounding,
+            file_tiers=file_tiers,
+            kind=kind,
+        )
+
+    def _note_rounding(self) -> None:
+        self.roundings += 1
 
     def _send(self, order: Move) -> MoveResult:
         assert self.gate.wait(30)
@@ -94,6 +116,25 @@ def test_only_what_is_elsewhere_moves() -> None:
     assert node.mover.move([UP, DOWN], Tier.HOST).sources == {DOWN: Tier.DEVICE}
     assert [order.names for order in node.orders] == [(UP,), (DOWN,)]
     node.check()
+
+
+def test_who_computes_with_rounded_weights_hears_of_it() -> None:
+    """KV of other weights must not be found again: forms that lose nothing of this dtype change none."""
+    dtype = MANIFEST.by_name[UP].dtype
+    schemes = {
+        Tier.HOST: {UP: Scheme(FORMS["bf16-coded"]), DOWN: Scheme(plain_form(dtype))},
+        Tier.RAMDISK: {UP: Scheme(FORMS["int8"])},
+        Tier.NVME: {UP: Scheme(FORMS["int8"]), DOWN: Scheme(FORMS["int4-64"])},
+    }
+    node = Node(schemes=TierSchemes(schemes))
+    steps = [([UP, DOWN], Tier.HOST, 0), ([UP], Tier.RAMDISK, 1), ([UP], Tier.NVME, 1), ([UP, DOWN], Tier.NVME, 2)]
+    for names, tier, roundings in [*steps, ([UP], Tier.DEVICE, 3), ([DOWN], Tier.NVME, 3), ([DOWN], Tier.DEVICE, 4)]:
+        node.mover.move(names, tier)
+        assert node.roundings == roundings, (names, tier)
+    node.error = TierError("the disk is full")
+    with pytest.raises(TierError):
+        node.mover.move([UP], Tier.NVME)
+    assert node.roundings == 4
 
 
 def test_the_checkpoint_read_in_place_needs_no_room() -> None:
@@ -199,7 +240,7 @@ def test_destinations_that_are_none(kind: str, text: str, said: str) -> None:
 
 
 def test_tiers_that_are_not_in_use_are_no_destination() -> None:
-    mover = ParameterMover("m", MANIFEST, {}, Node()._send, {}, file_tiers=[], kind="cpu")
+    mover = Node(file_tiers=()).mover
     for tier in FILE_TIERS:
         with pytest.raises(InvalidRequestError, match=f"set tiers.{tier}.enabled"):
             mover.destination(tier)

@@ -15,7 +15,8 @@ import pytest
 
 from raytier.checkpoint.manifest import GenerationDefaults
 from raytier.config import Scheduler as SchedulerConfig
-from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.config import EngineConfig
+from raytier.engine.engine import Engine
 from raytier.engine.outputs import OutputDelta, StepReport
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.step import SampleSpec, StepBatch, StepExecutor, StepResult

@@ -136,6 +136,7 @@ def test_lossy_weights_never_become_the_source_again(make_model: MakeModel, tmp_
         moved = [p.name for p in local.manifest.parameters if p.layer is not None and p.matrix]
         rounded = tokens(local)
         local.runner.move(moved, Tier.DEVICE, {}, {})
+        assert local.engine.clear_prefix_cache() > 0, "KV of rounded weights"
         exact = tokens(local)
         assert {s.precision for s in local.runner.parameters()} == {"source"}
     assert exact == greedy(model_dir) != rounded

@@ -28,7 +28,8 @@ def test_streamed_from_a_store_that_is_kept(
         "tiers": {
             "device": {"max_mb": quarter(manifest)},
             "host": {"max_mb": 0},
-            "nvme": {"min_free_gb": 0, "paths": [str(tmp_path)]},
+            # What a reading thread decodes with counts to the device.
+            "nvme": {"min_free_gb": 0, "paths": [str(tmp_path)], "io_threads": 2},
         },
         "compression": {"nvme": "zstd-planes"},
         "kv": {"max_blocks": 17, "expected_sequences": 2, "expected_context": 64},

@@ -162,6 +162,22 @@ def test_pressure_and_collection() -> None:
     assert cache.evict(3) == 3 and cache.clear() == 5 and cache.num_cached == 0
 
 
+def test_nothing_of_before_a_clear_is_found() -> None:
+    """Blocks that running sequences fill later stand on KV of before; those of new sequences are found."""
+    cache, tokens = cache_of(20), list(range(16))
+    kv, _ = run(cache, 1, tokens[:6])
+    assert cache.clear() == 1
+    assert cache.fork_of(kv, 6) is None
+    assert cache.grow(kv, 16, 6, 16) == []
+    cache.computed(kv, tokens, 16)
+    assert run(cache, 2, tokens)[1] == 0
+    cache.release(kv)
+    again = SequenceKV(3)
+    assert cache.find(again, tokens, 15).num_tokens == 12, "of sequence 2"
+    once_more, found = run(cache, 1, tokens)
+    assert found == 12 and cache.fork_of(once_more, 16) is not None
+
+
 def test_the_longest_sequence_that_fits() -> None:
     assert cache_of(10).most_tokens(8) == 40
     assert cache_of(10, 6).most_tokens(8) == 2**62, "window and chunk fit, so any length does"
@@ -183,6 +199,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.ledger.lease("e", 0, 14, group)
         self.slots: list[dict[int, tuple[int, ...]]] = [{} for _ in self.windows]  # slot -> history
         self.live: dict[int, tuple[SequenceKV, list[int], int]] = {}
+        self.before: set[int] = set()  # sequences that had begun when the cache was cleared
         self.ids = self.reports = 0
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=40), chunk=st.integers(1, 9))
@@ -232,6 +249,14 @@ class CacheMachine(RuleBasedStateMachine):
                     slot = table[seen // SIZE] * SIZE + seen % SIZE
                     assert slots[slot] == tuple(tokens[: seen + 1]), f"token {position} sees another's history"
         self.cache.computed(kv, tokens, stop)
+        if seq_id in self.before:
+            tables = zip(self.cache.pools, kv.tables, strict=True)
+            assert all(
+                pool.is_writable(block) or pool.references(block) > 1
+                for pool, table in tables
+                for block in table
+                if block != NULL_BLOCK
+            )
         self.live[seq_id] = (kv, tokens, stop)
         return True
 
@@ -264,7 +289,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
+        """What was begun before stays, and is not found by anyone."""
         self.cache.clear()
+        self.before = set(self.live)
         tokens = [0] * 20
         assert self.cache.find(SequenceKV(0), tokens, 19).num_tokens == 0
 

@@ -18,7 +18,8 @@ from raytier.actors.transfers import ParameterMover, TransferManager
 from raytier.catalog.control import ModelControl
 from raytier.checkpoint.manifest import GenerationDefaults, ModelDescription, ModelManifest, TokenizerSpec
 from raytier.config import AppConfig, Scheduler, parse_config
-from raytier.engine.engine import Engine, EngineConfig
+from raytier.engine.config import EngineConfig
+from raytier.engine.engine import Engine
 from raytier.engine.outputs import EngineStats
 from raytier.engine.step import Arrival, StepBatch, StepResult, TokenLogprobs
 from raytier.engine.tokenizer import Tokenizer
@@ -178,7 +179,15 @@ class EchoModel:
         self.plan = plan_weights(manifest, CPU_NODE, RATES, configuration(device_mb=64, host_mb=8), kind="cpu")
         self.host = EchoPlace(Tier.HOST, manifest, 2**20)
         self.mover = ParameterMover(
-            MODEL, manifest, self.plan.tier_of, self._move, {Tier.HOST: self.host}, file_tiers=[Tier.NVME], kind="cpu"
+            MODEL,
+            manifest,
+            self.plan.tier_of,
+            self._move,
+            {Tier.HOST: self.host},
+            schemes=self.plan.schemes,
+            on_rounding=lambda: self.engine.clear_prefix_cache(),
+            file_tiers=[Tier.NVME],
+            kind="cpu",
         )
         self.move_gate = threading.Event()
         self.move_gate.set()
