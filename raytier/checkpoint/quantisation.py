@@ -14,5 +14,5 @@ def quantised(config: AppConfig, bits: Literal[4, 8] | None) -> AppConfig:
         return config
     wish = "int8" if bits == 8 else "int4"
     tiers = dict.fromkeys(("default", "device", "host", "ramdisk", "nvme"), wish)
-    precision = config.precision.model_copy(update={"enabled": True, **tiers})
+    precision = config.precision.model_copy(update={"enabled": True, "permitted": (), **tiers})
     return config.model_copy(update={"precision": precision})
