@@ -102,38 +102,48 @@ def start(model: Path, shape: Shape, cache: Path, compression: str) -> LLM:
     )
 
 
-def streamed(model: Path, shape: Shape, cache: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    """Tokens per second without and with `auto`, by round, and what `auto` chose."""
+def streamed(model: Path, shape: Shape, cache: Path, rounds: int, seconds: float, group: Path | None) -> dict[str, Any]:
+    """What `compare` finds on the disk as it is, and throttled where there is a group to throttle."""
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * MIB)
     try:
-        with start(model, shape, cache, "none") as plain, start(model, shape, cache, "auto") as auto:
-            steps = {llm: steps_for(llm, 1, seconds) for llm in (plain, auto)}
-            found: dict[LLM, list[float]] = {plain: [], auto: []}
-            for number in range(rounds):
-                for llm in (plain, auto) if number % 2 else (auto, plain):
-                    found[llm].append(1 / decode(llm, 1, steps[llm]).step_seconds)
-            coded = {p.codec for p in auto.plan.placements} - {"none"}
-            rates = json.loads((cache / "rates.json").read_text())["rates"]
-            return {
-                "plain": found[plain],
-                "auto": found[auto],
-                "chosen": ", ".join(coded) or "none",
-                "disk": [r["disk_read_bytes_per_s"] for r in rates.values()],
-                "decode": [r["decode_bytes_per_s"] for r in rates.values()],
-            }
+        with start(model, shape, cache, "none") as plain:
+            found = {"T4.streamed": compare(plain, model, shape, cache, rounds, seconds)}
+            if group is not None:
+                device = os.stat(model).st_dev
+                limit = f"{os.major(device)}:{os.minor(device)} {THROTTLE}"
+                (group / "blkio.throttle.read_bps_device").write_text(limit)
+                (cache / "rates.json").unlink()  # measured again, under the throttle
+                found["T4.throttled"] = compare(plain, model, shape, cache, rounds, seconds)
+            return found
     finally:
         ray.shutdown()
 
 
+def compare(plain: LLM, model: Path, shape: Shape, cache: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """Tokens per second without and with `auto`, by round, and what `auto` chose."""
+    with start(model, shape, cache, "auto") as auto:
+        steps = {llm: steps_for(llm, 1, seconds) for llm in (plain, auto)}
+        found: dict[LLM, list[float]] = {plain: [], auto: []}
+        for number in range(rounds):
+            for llm in (plain, auto) if number % 2 else (auto, plain):
+                found[llm].append(1 / decode(llm, 1, steps[llm]).step_seconds)
+        (rates,) = json.loads((cache / "rates.json").read_text())["rates"].values()
+        return {
+            "plain": found[plain],
+            "auto": found[auto],
+            "predicted": [llm.plan.predictions[0].tokens_per_second for llm in (plain, auto)],
+            "chosen": ", ".join({p.codec for p in auto.plan.placements} - {"none"}) or "none",
+            "disk": rates["disk_read_bytes_per_s"],
+            "decode": rates["decode_bytes_per_s"],
+        }
+
+
 @contextmanager
-def throttled(directory: str) -> Iterator[Path]:
-    """A cgroup whose reads of the disk of `directory` are limited to `THROTTLE`; OSError where it cannot be made."""
-    device = os.stat(directory).st_dev
+def cgroup() -> Iterator[Path]:
+    """A cgroup whose reads can be limited; OSError where none can be made."""
     group = _BLKIO / f"raytier-codecs-{os.getpid()}"
     group.mkdir()
     try:
-        limit = f"{os.major(device)}:{os.minor(device)} {THROTTLE}"
-        (group / "blkio.throttle.read_bps_device").write_text(limit)
         yield group
     finally:
         for _ in range(50):
@@ -145,8 +155,8 @@ def throttled(directory: str) -> Iterator[Path]:
 
 def run_child(arguments: argparse.Namespace, model: Path, cache: Path, group: Path | None) -> dict[str, Any]:
     """`streamed` in a process tree of its own, in a cgroup."""
-    command = [sys.executable, __file__, "--child", str(model), str(cache), "--rounds", str(arguments.rounds)]
-    command += ["--quick"] if arguments.quick else []
+    command = [sys.executable, __file__, "--child", str(model), str(cache), str(group or "")]
+    command += ["--rounds", str(arguments.rounds)] + (["--quick"] if arguments.quick else [])
 
     def enter() -> None:
         if group is not None:
@@ -163,8 +173,9 @@ def gain(result: dict[str, Any]) -> float:
 
 def show(console: Console, name: str, result: dict[str, Any]) -> None:
     console.print(
-        f"{name}: disk {result['disk'][-1] / 1e9:.2f} GB/s, all cores decode {result['decode'][-1] / 1e9:.2f}; auto "
-        f"chose {result['chosen']}; tokens/s {median(result['plain']):.2f} without, {median(result['auto']):.2f} with"
+        f"{name}: disk {result['disk'] / 1e9:.2f} GB/s, all cores decode {result['decode'] / 1e9:.2f}; auto "
+        f"chose {result['chosen']}; tokens/s {median(result['plain']):.2f} without, {median(result['auto']):.2f} with "
+        f"(predicted {result['predicted'][0]:.2f} and {result['predicted'][1]:.2f})"
     )
 
 
@@ -172,39 +183,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="T4: lossless compression of weights, and streaming with it.")
     parser.add_argument("--quick", action="store_true", help="a 300 MB model, shorter windows")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--rounds", type=int, default=5, help="at least five for a result that counts")
+    parser.add_argument("--rounds", type=int, help="default 5, with --quick 3; at least five for a result that counts")
     parser.add_argument("--dir", default="/var/tmp", help="directory on the disk to measure, not a tmpfs")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
     shape = LLAMA_QUICK if arguments.quick else LLAMA_1B
     seconds = 0.4 if arguments.quick else 3.0
     if arguments.child:
-        model, cache = map(Path, arguments.child)
-        print(json.dumps(streamed(model, shape, cache, arguments.rounds, seconds)))
+        model, cache = map(Path, arguments.child[:2])
+        group = Path(arguments.child[2]) if arguments.child[2] else None
+        print(json.dumps(streamed(model, shape, cache, arguments.rounds, seconds, group)))
         return
     console = Console(width=130)
     rows: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         model = stack.enter_context(random_model(shape, arguments.dir))
-        caches = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raytier-codecs-", dir=arguments.dir)))
-        ratio, rates = measure_codecs(model, str(caches / "kernels"), 2 * arguments.rounds)
+        cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raytier-codecs-", dir=arguments.dir)))
+        ratio, rates = measure_codecs(model, str(cache), 2 * arguments.rounds)
         ours, theirs = (median(rate[i] for rate in rates) for i in (0, 1))
         console.print(f"one thread decodes {ours / 1e9:.2f} GB/s of byte planes, {theirs / 1e9:.2f} GB/s of plain zstd")
         rows["T4.size"] = {"value": round(ratio, 4), "gate": 0.69, "goal": 0.68, "unit": "of bf16"}
         rows["T4.size"]["lower_is_better"] = True
         relative = median(a / b for a, b in rates)
         rows["T4.decode"] = {"value": round(relative, 3), "gate": 1.0, "goal": 1.3, "unit": "x plain zstd, per core"}
-        result = run_child(arguments, model, caches / "plain", None)
-        show(console, "as it is", result)
-        unit = "x tokens/s of no compression"
-        rows["T4.streamed"] = {"value": round(gain(result), 3), "gate": 0.97, "goal": 1.0, "unit": unit}
         try:
-            with throttled(arguments.dir) as group:
-                result = run_child(arguments, model, caches / "throttled", group)
-            show(console, "at 1 GB/s", result)
-            rows["T4.throttled"] = {"value": round(gain(result), 3), "gate": 1.15, "goal": 1.35, "unit": unit}
+            group = stack.enter_context(cgroup())
         except OSError as error:
+            group = None
             console.print(f"T4.throttled is left out: no cgroup of blkio can be made here ({error})")
+        gates = {"T4.streamed": (0.97, 1.0), "T4.throttled": (1.15, 1.35)}
+        for name, result in run_child(arguments, model, cache, group).items():
+            show(console, name, result)
+            gate, goal = gates[name]
+            rows[name] = {"value": round(gain(result), 3), "gate": gate, "goal": goal}
+            rows[name]["unit"] = "x tokens/s of no compression"
     for name, row in rows.items():
         bound = "at most" if row.get("lower_is_better") else "at least"
         console.print(f"{name}: {row['value']} (gate: {bound} {row['gate']}, goal {row['goal']}) {row['unit']}")

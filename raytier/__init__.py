@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytier.llm import LLM
+    from raytier.manager import ModelManager
 
-__all__ = ["LLM"]
+__all__ = ["LLM", "ModelManager"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from raytier.llm import LLM
 
         return LLM
+    if name == "ModelManager":
+        from raytier.manager import ModelManager
+
+        return ModelManager
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,21 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raytier.errors import ConfigurationError
 from raytier.model_entry import ModelEntry
 from raytier.problems import explain
+from raytier.weight_settings import Auto, CompressionSection, Placement, PrecisionSection, Section
 
 MIB = 2**20
-Auto = Literal["auto"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DeviceTier(_Section):
+class DeviceTier(Section):
     """Memory of the computing device: GPU memory, or RAM of the compute process on a CPU node."""
 
     max_utilization: float = Field(0.9, gt=0, le=1)
@@ -34,7 +30,7 @@ class DeviceTier(_Section):
     max_mb: float | None = Field(None, gt=0)
 
 
-class HostTier(_Section):
+class HostTier(Section):
     """RAM pool of the node, shared by its processes."""
 
     max_utilization: float = Field(0.8, gt=0, le=1)
@@ -42,7 +38,7 @@ class HostTier(_Section):
     max_mb: float | None = Field(None, ge=0)
 
 
-class RamdiskTier(_Section):
+class RamdiskTier(Section):
     """A directory on a tmpfs; `path` null: /dev/shm. `mount`: mount a tmpfs of `size_mb` at `path` (needs root)."""
 
     enabled: bool = False
@@ -61,7 +57,7 @@ class RamdiskTier(_Section):
         return self
 
 
-class NvmeTier(_Section):
+class NvmeTier(Section):
     """Disk. Without `paths`, parameters are read in place from the checkpoint's own files, and nothing is written.
 
     With `paths`, what the tier holds is copied there, striped over all of them in stripes of `stripe_mb`;
@@ -87,102 +83,14 @@ class NvmeTier(_Section):
         return value
 
 
-class Tiers(_Section):
+class Tiers(Section):
     device: DeviceTier = DeviceTier()
     host: HostTier = HostTier()
     ramdisk: RamdiskTier = RamdiskTier()
     nvme: NvmeTier = NvmeTier()
 
 
-def _pattern(value: str) -> str:
-    if value.startswith("re:"):
-        import re
-
-        try:
-            re.compile(value[3:])
-        except re.error as error:
-            raise ValueError(f"{value!r} is not a regular expression: {error}") from None
-    return value
-
-
-#: Of parameter names: a case-insensitive substring, or a regular expression with the prefix `re:`.
-_Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
-
-
-class PlacementRule(_Section):
-    """Parameters whose name matches `pattern` go to `tier`.
-
-    The lowest `priority` is tried first; a rule whose tier is full falls through, with the reason noted.
-    """
-
-    pattern: _Pattern
-    tier: Literal["device", "host", "ramdisk", "nvme"]
-    priority: int = 99
-
-
-FixedPrecision = Literal[
-    "source", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4", "int4-32", "int4-64", "int4-128"
-]
-Precision = FixedPrecision | Auto
-
-
-class AdaptiveRule(_Section):
-    """Parameters whose name matches `pattern` have `precision`, where a tier's precision is auto."""
-
-    pattern: _Pattern
-    precision: FixedPrecision
-
-
-class PrecisionSection(_Section):
-    """How parameters are held, per tier (null: `default`): `source` = as in the checkpoint, so nothing is lost.
-
-    `auto`: the first of `adaptive_rules` that matches, else `default_auto_precision`. `int4` has groups of `int4_group`
-    columns with a scale. `enabled: false` turns all of it off.
-    """
-
-    enabled: bool = True
-    default: Precision = "source"
-    default_auto_precision: FixedPrecision = "source"
-    device: Precision | None = None
-    host: Precision | None = None
-    ramdisk: Precision | None = None
-    nvme: Precision | None = None
-    int4_group: Literal[32, 64, 128] = 64
-    adaptive_rules: tuple[AdaptiveRule, ...] = ()
-
-
-MemoryCompression = Literal["none", "coded-exponents"]
-Compression = Literal["none", "coded-exponents", "zstd", "zstd-planes", "auto"]
-
-
-class CompressionSection(_Section):
-    """How parameters are compressed on a tier (null: `default`), without loss. `level`: of zstd.
-
-    In files: `zstd-planes` takes bytes of the same significance together, and is the one for bf16, fp16 and fp32;
-    `auto`: that one where the measured rates of the disk and of decoding say that it pays. On device and host a default
-    of these means none. On every tier: `coded-exponents` makes bf16 matrices smaller that are computed on as they are,
-    on processors with AVX512 VBMI2; elsewhere it means none. `enabled: false` turns all of it off.
-    """
-
-    enabled: bool = True
-    default: Compression = "none"
-    device: MemoryCompression | None = None
-    host: MemoryCompression | None = None
-    ramdisk: Compression | None = None
-    nvme: Compression | None = None
-    level: int = Field(1, ge=1, le=19)
-
-    def of(self, tier: str) -> Compression:
-        """What is done on a tier."""
-        wish: Compression = (getattr(self, tier) or self.default) if self.enabled else "none"
-        return "none" if tier in ("device", "host") and wish != "coded-exponents" else wish
-
-
-class Placement(_Section):
-    rules: tuple[PlacementRule, ...] = ()
-
-
-class Prefetch(_Section):
+class Prefetch(Section):
     """`window`: decoder layers read ahead of the one that computes; auto = from the plan."""
 
     window: int | Auto = "auto"
@@ -195,7 +103,7 @@ class Prefetch(_Section):
         return value
 
 
-class KVCache(_Section):
+class KVCache(Section):
     """Paged KV. The split of the device budget between weights and KV follows from the expected load.
 
     `prefix_caching`: prompts begin with the KV of earlier ones as far as they are the same, in whole blocks and at
@@ -230,7 +138,7 @@ class KVCache(_Section):
         return self
 
 
-class Scheduler(_Section):
+class Scheduler(Section):
     """`max_num_batched_tokens`: tokens that one step carries; auto = from the plan: beside running streams as many of a
     prompt as keep them going, but no fewer than what the sweep's reading hides, and up to 512 where none runs.
     `policy`: who goes first: fcfs = in order of arrival, priority = by the request's priority (lower ones first)."""
@@ -248,7 +156,7 @@ class Scheduler(_Section):
         return value
 
 
-class Compute(_Section):
+class Compute(Section):
     """Where the model runs. `auto` takes a CUDA device when there is one. `threads: auto` = all cores."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -263,7 +171,7 @@ class Compute(_Section):
 _Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
-class KeySource(_Section):
+class KeySource(Section):
     """Where keys are, several divided by white space: in a file, or in a variable of the replica's environment.
 
     A variable that is named here has to be there; the default one may be missing, and then no key is asked for.
@@ -292,7 +200,7 @@ class UpstreamKey(KeySource):
     env: _Variable = "RAYTIER_UPSTREAM_KEY"
 
 
-class Upstream(_Section):
+class Upstream(Section):
     """An OpenAI-compatible server that gets requests for models which are not held here.
 
     `base_url`: up to and with /v1. `timeout_s`: longest silence. `key`: sent to it; what clients send here never is.
@@ -319,7 +227,7 @@ class Upstream(_Section):
         return value.rstrip("/")
 
 
-class ApiSection(_Section):
+class ApiSection(Section):
     """The HTTP front. `key`: of those who may call; `admin_key`: of those who may load, unload and move models.
 
     `max_body_mb`: largest request; a prompt of a million tokens as JSON integers is about 7 MB.
@@ -334,7 +242,7 @@ class ApiSection(_Section):
     upstream: Upstream = Upstream()
 
 
-class HuggingFace(_Section):
+class HuggingFace(Section):
     """Models of source_type huggingface.
 
     `cache_dir`, `endpoint`: null = Hugging Face's own (HF_HUB_CACHE, HF_ENDPOINT). `token_env`: the variable with the
@@ -356,7 +264,7 @@ class HuggingFace(_Section):
         return value
 
 
-class Switching(_Section):
+class Switching(Section):
     """Several models on one node. Models that nobody uses sleep when another one needs their memory, and wake when they
     are asked for.
 
@@ -371,7 +279,7 @@ class Switching(_Section):
     switch_after_s: float = Field(10, ge=0)
 
 
-class AppConfig(_Section):
+class AppConfig(Section):
     """`args:` of `raytier.serve:build_app`.
 
     `models`, `registry`: the models that may be served, here or in a file (`raytier.sources.registry`); one of the two.
@@ -415,9 +323,7 @@ class AppConfig(_Section):
 
     def converts(self, tier: Literal["ramdisk", "nvme"]) -> bool:
         """Whether files of a tier may hold parameters in another form than the checkpoint, or coded."""
-        precision = self.precision
-        form = getattr(precision, tier) or precision.default
-        return (precision.enabled and form != "source") or self.compression.of(tier) != "none"
+        return bool(self.precision.wishes(tier) - {"source"}) or self.compression.of(tier) != "none"
 
 
 def parse_config(args: Mapping[str, Any]) -> AppConfig:

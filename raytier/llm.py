@@ -8,25 +8,19 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-
-from raytier.actors.group import ActorGroup, GroupStatus
+from raytier.actors.group import GroupStatus
+from raytier.actors.local import LocalNode
 from raytier.actors.model import LoadedModel
-from raytier.actors.prepare import prepare
 from raytier.checkpoint.manifest import ModelManifest
 from raytier.config import parse_config
 from raytier.engine.outputs import EngineStats, OutputDelta
 from raytier.engine.sampling_params import SamplingParams
 from raytier.engine.step import TokenLogprobs
-from raytier.errors import ResourceNotAvailableError
 from raytier.execution.parameters import ParameterStatus
 from raytier.hardware.rates import Rates
 from raytier.planner.plan import WeightPlan
 from raytier.sources.loader import Loaders
 from raytier.tiers.transfers import DEFAULT_PRIORITY, Transfer
-
-_PLACEMENT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +72,12 @@ class LLM:
         self._model_id = model.rstrip("/").rpartition("/")[2] or "model"
         self._config = parse_config({"models": [{"model_id": self._model_id, "source_path": model}], **settings})
         Loaders(self._config).find(self._config.models[0])  # before Ray is started for nothing
-        self._group: ActorGroup | None = None
-        self._placement_group: Any = None
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        self._node = LocalNode(f"llm-{id(self):x}", self._config)
+        self._group = self._node.group
         try:
-            # In a task: describing a model takes transformers and torch, which this process does not need.
-            description, resources = ray.get(ray.remote(num_cpus=0, max_calls=1)(prepare).remote(self._config))
-            self._placement_group = placement_group(
-                [dict(bundle) for bundle in resources.bundles], strategy=resources.strategy
-            )
-            if not self._placement_group.wait(_PLACEMENT_TIMEOUT_S):
-                raise ResourceNotAvailableError(
-                    f"the cluster has no room for {list(resources.bundles)} within {_PLACEMENT_TIMEOUT_S:.0f} s: "
-                    "something else holds its resources"
-                )
-            self._group = ActorGroup(f"llm-{id(self):x}", self._config, resources, self._placement_group)
-            self._group.start(with_model=True)
-            assert description is not None, "a local model is described before"
-            self.engine = self._group.load_model(self._model_id, description)
+            assert self._node.description is not None, "a local model is described before"
+            self.engine = self._group.load_model(self._model_id, self._node.description)
             self._group.wait_loaded(self._model_id)
-        except ray.exceptions.RayTaskError as error:
-            self.close()
-            raise error.cause from None
         except BaseException:
             self.close()
             raise
@@ -146,7 +122,6 @@ class LLM:
         Raises:
             EngineDeadError: an actor died, or this object is closed. TimeoutError: one does not answer.
         """
-        assert self._group is not None
         return self._group.status()
 
     @property
@@ -166,7 +141,6 @@ class LLM:
 
     def layers(self) -> tuple[ParameterStatus, ...]:
         """Every parameter and where it is now; raises as `status`."""
-        assert self._group is not None
         return self._group.layers(self._model_id)
 
     def transfer(
@@ -194,7 +168,6 @@ class LLM:
             ParameterNotFoundError, InvalidRequestError: what is to move, or where to, does not exist or cannot be.
             TransferQueueFullError: too many wait. ResourceNotAvailableError: this object is closed.
         """
-        assert self._group is not None
         mover = self._model.mover
         target, tier = mover.target(parameter, layer=layer), mover.destination(destination)
         transfers = self._group.transfers
@@ -202,18 +175,11 @@ class LLM:
 
     @property
     def _model(self) -> LoadedModel:
-        assert self._group is not None
         return self._group.models[self._model_id]
 
     def close(self) -> None:
         """End the engine and its actors and, where this object started it, Ray. A second call does nothing."""
-        if self._group is not None:
-            self._group.stop()
-        group_of_bundles, self._placement_group = self._placement_group, None
-        if group_of_bundles is not None:
-            remove_placement_group(group_of_bundles)
-        if self._started_ray and ray.is_initialized():
-            ray.shutdown()
+        self._node.close()
 
     def __enter__(self) -> Self:
         return self

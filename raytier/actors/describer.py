@@ -19,7 +19,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    key: tuple[str, str, str | None, Stamp]
+    key: tuple[str, str, str | None, int | None, Stamp]
     description: ModelDescription
 
 
@@ -47,7 +47,7 @@ class Describer:
             return known.description
         # In a process that ends: describing takes transformers and torch.
         task = ray.remote(num_cpus=0, max_calls=1)(_describe)
-        description: ModelDescription = answer_of(task.remote(directory, entry.model_format, entry.tokenizer_path))
+        description: ModelDescription = answer_of(task.remote(entry, directory))
         self._keep(entry, _Known(key, description))
         return description
 
@@ -56,17 +56,17 @@ class Describer:
             self._known[entry.model_id] = known
 
 
-def _describe(directory: str, model_format: str, tokenizer_path: str | None) -> ModelDescription:
-    from raytier.checkpoint.describe import describe_model
+def _describe(entry: ModelEntry, directory: str) -> ModelDescription:
+    from raytier.checkpoint.describe import describe_entry
 
-    return describe_model(directory, model_format, tokenizer_path)
+    return describe_entry(entry, directory)
 
 
-def _key(entry: ModelEntry, directory: str) -> tuple[str, str, str | None, Stamp]:
+def _key(entry: ModelEntry, directory: str) -> tuple[str, str, str | None, int | None, Stamp]:
     stamp = _stamp(directory)
     if entry.tokenizer_path is not None:
         stamp += _stamp(entry.tokenizer_path)
-    return directory, entry.model_format, entry.tokenizer_path, stamp
+    return directory, entry.model_format, entry.tokenizer_path, entry.quantization_bits, stamp
 
 
 def _stamp(directory: str) -> Stamp:

@@ -28,6 +28,11 @@ GIB = 2**30
 #: Utilisation is of the last report, as long as that is no older than this.
 _FRESH_S = 5.0
 
+_ADVICE = (
+    "free some space, name further directories in tiers.nvme.paths, or change tiers.nvme.max_gb or "
+    "tiers.nvme.min_free_gb"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class DiskStatus:
@@ -98,6 +103,7 @@ class DiskTierActor:
         if cache_dir is not None:
             use_kernels(cache_dir)
         self._name = name
+        self._section = tier
         self._tier = "ramdisk" if isinstance(tier, RamdiskTier) else "nvme"
         self._keep = isinstance(tier, RamdiskTier) and not tier.cleanup_on_exit
         self._ramdisk: Ramdisk | None = None
@@ -114,7 +120,8 @@ class DiskTierActor:
         if isinstance(tier, RamdiskTier):
             self._open_ramdisk(tier)
         else:
-            self._open_directories(tier, store)
+            self._open_directories(tier)
+            self._open_store(store)
         atexit.register(self.close)
 
     def _open_ramdisk(self, tier: RamdiskTier) -> None:
@@ -140,34 +147,36 @@ class DiskTierActor:
             self._ramdisk.close()
             raise
 
-    def _open_directories(self, tier: NvmeTier, store: Sequence[str]) -> None:
-        stripe = int(tier.stripe_mb * MIB)
-        capacity, kept = None if tier.max_gb is None else int(tier.max_gb * GIB), int(tier.min_free_gb * GIB)
-        advice = (
-            "free some space, name further directories in tiers.nvme.paths, or change tiers.nvme.max_gb or "
-            "tiers.nvme.min_free_gb"
-        )
+    def _open_directories(self, tier: NvmeTier) -> None:
         try:
             if tier.paths:
                 self._files = TierFiles(
-                    tier.paths,
-                    stripe,
-                    capacity,
-                    kept,
-                    advice=advice,
-                    others=self._stored_bytes,
-                    cache_dir=self._cache_dir,
+                    tier.paths, *_limits(tier), advice=_ADVICE, others=self._stored_bytes, cache_dir=self._cache_dir
                 )
-            if store:
-                self._store = TierStore(
-                    store,
-                    stripe,
-                    capacity,
-                    kept,
-                    advice=advice,
-                    others=self._copied_bytes,
-                    cache_dir=self._cache_dir,
-                )
+        except ConfigurationError as error:
+            raise ConfigurationError(f"tiers.nvme.paths: {error.message}") from None
+
+    @ray.method(concurrency_group="store")
+    def open_store(self, directories: Sequence[str]) -> None:
+        """Have a place for what the disk holds in another form or coded, which some models may want and others not.
+
+        Raises:
+            ConfigurationError, ResourceNotAvailableError: a directory cannot be had; says which and why.
+        """
+        self._open_store(directories)
+
+    def _open_store(self, directories: Sequence[str]) -> None:
+        if not directories or self._store is not None:
+            return
+        assert isinstance(self._section, NvmeTier)
+        try:
+            self._store = TierStore(
+                directories,
+                *_limits(self._section),
+                advice=_ADVICE,
+                others=self._copied_bytes,
+                cache_dir=self._cache_dir,
+            )
         except ConfigurationError as error:
             raise ConfigurationError(f"tiers.nvme.paths: {error.message}") from None
 
@@ -345,6 +354,15 @@ def remove_leftovers(tier: NvmeTier | RamdiskTier, pids: Collection[int] = (), t
     if tier.mount and remove_dead_mount(path):
         return [path]
     return owners.remove_leftovers(path) if os.path.isdir(path) else []
+
+
+def _limits(tier: NvmeTier) -> tuple[int, int | None, int]:
+    """Bytes of a stripe, of all there may be, and of what stays free."""
+    return (
+        int(tier.stripe_mb * MIB),
+        None if tier.max_gb is None else int(tier.max_gb * GIB),
+        int(tier.min_free_gb * GIB),
+    )
 
 
 def _lives(pid: int) -> bool:

@@ -25,7 +25,7 @@ from raytier.engine.tokenizer import Tokenizer
 from raytier.errors import EngineDeadError, RaytierError
 from raytier.kv.cache import KVCache
 from raytier.kv.ledger import GroupShape
-from raytier.planner.budgets import disk_directories
+from raytier.planner.budgets import disk_directories, store_directories
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes, WeightPlan
 from raytier.tiers.copies import TierCopy
 
@@ -163,6 +163,8 @@ class LoadedModel:
             for window in manifest.kv_windows
         ]
         opening = actors.kv.open.remote(self.model_id, shapes, share.block_size)
+        if store := store_directories(config):
+            answer_of(actors.disk.open_store.remote(store), CALL_TIMEOUT_S)
         grants, copies = self._obtain()
         kv = KVCache.of(manifest, share.block_size, config.kv)
         lower = lower_shape(manifest, plan, config, kv)

@@ -79,7 +79,7 @@ class NodeActors:
         held, empty = self._held({model_id, *without})
         if empty:
             # Nothing of what is available is a model's: a good moment to look at what the node has now.
-            fresh = node_budgets(inventory, config, self.kind, started="all")
+            fresh = node_budgets(inventory, self.config, self.kind, started="all")
             self.budgets = replace(fresh, host_bytes=min(fresh.host_bytes, self.budgets.host_bytes))
         budgets = left_of(self.budgets, held)
         # In the host pool the range of every parameter is rounded up to whole blocks.

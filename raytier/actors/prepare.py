@@ -13,10 +13,12 @@ import ray
 from ray._private.state import available_resources_per_node  # a DeveloperAPI; what is free has no other per-node view
 
 from raytier.checkpoint.manifest import ModelDescription
+from raytier.checkpoint.quantisation import quantised
 from raytier.config import AppConfig
 from raytier.errors import ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory, take_inventory
 from raytier.hardware.rates import RateKey, default_rates, load_rates
+from raytier.model_entry import ModelEntry
 from raytier.planner.budgets import (
     DeviceKind,
     disk_directories,
@@ -58,17 +60,19 @@ def prepare(
     # The only model is as good as named: what is wrong with it is better known now than when it is loaded.
     named = registry.startup or (registry.ids[0] if len(found) == 1 else None)
     directory = None if named is None else found[named].find(registry.get(named))
+    entry = None if named is None else registry.get(named)
+    if entry is not None:
+        config = _as_wanted(config, entry)
     # Before torch is imported: this process ends soon, and what it takes until then is there for the actors.
     inventory = take_inventory(planned_paths(config, directory))
     kind = resolve_kind(inventory, config)
-    if named is None or directory is None:
+    if entry is None or directory is None:
         resources = node_resources(inventory, kind, _host_bytes(inventory, config, kind))
         _check_cluster(resources, reclaimable or {})
         return None, resources
-    from raytier.checkpoint.describe import describe_model
+    from raytier.checkpoint.describe import describe_entry
 
-    entry = registry.get(named)
-    description = describe_model(directory, entry.model_format, entry.tokenizer_path)
+    description = describe_entry(entry, directory)
     manifest = description.manifest
     largest = max(manifest.files, key=lambda file: file.size).path
     threads = config.compute.resolve_threads(inventory.cpus)
@@ -86,6 +90,14 @@ def prepare(
     resources = node_resources(inventory, kind, max(plan.host_bytes, others), plan.devices[0].index)
     _check_cluster(resources, reclaimable or {})
     return description, resources
+
+
+def _as_wanted(config: AppConfig, entry: ModelEntry) -> AppConfig:
+    """The configuration for the startup model, which chooses the device where that is open."""
+    if config.compute.device == "auto" and entry.device_preference != "auto":
+        compute = config.compute.model_copy(update={"device": entry.device_preference})
+        config = config.model_copy(update={"compute": compute})
+    return quantised(config, entry.quantization_bits)
 
 
 def _host_bytes(inventory: NodeInventory, config: AppConfig, kind: DeviceKind) -> int:

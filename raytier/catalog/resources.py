@@ -21,10 +21,10 @@ def check_resources(entry: ModelEntry, kind: DeviceKind, inventory: NodeInventor
         UnsupportedModelError: it wants what cannot be done.
     """
     name = entry.model_id
-    if entry.quantization_bits is not None:
+    if entry.quantization_bits is not None and kind == "cuda":
         raise UnsupportedModelError(
-            f"{name}: quantization_bits: {entry.quantization_bits}: weights are not quantised in this version; nearest "
-            "supported: quantization_bits: null"
+            f"{name}: quantization_bits: {entry.quantization_bits}: quantised weights are computed on by CPUs only in "
+            "this version; set quantization_bits to null, or compute.device to cpu"
         )
     if entry.device_preference not in ("auto", kind):
         raise ResourceNotAvailableError(

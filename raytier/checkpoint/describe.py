@@ -48,6 +48,7 @@ from raytier.checkpoint.stored import some, stored_by_name
 from raytier.checkpoint.tokenizer import describe_tokenizer
 from raytier.checkpoint.torch_index import read_torch_index
 from raytier.errors import CheckpointError, UnsupportedModelError
+from raytier.model_entry import ModelEntry
 
 _log = logging.getLogger(__name__)
 _COMPARE_BYTES = 8 * 2**20
@@ -84,6 +85,12 @@ def describe_model(
         kv_block_size=wishes.kv_block_size,
         kv_total_blocks=wishes.kv_total_blocks,
     )
+
+
+def describe_entry(entry: ModelEntry, model_dir: str) -> ModelDescription:
+    """The model of an entry, whose files are in `model_dir`; raises as `describe_model`."""
+    description = describe_model(model_dir, entry.model_format, entry.tokenizer_path)
+    return replace(description, quantization_bits=entry.quantization_bits)
 
 
 def describe_config(model_dir: str) -> ModelManifest:

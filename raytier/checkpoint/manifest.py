@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from math import prod
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
+from raytier.checkpoint.quantisation import quantised
 from raytier.codecs.codec import Codec, Frames, frame_step
 from raytier.codecs.forms import Form
 from raytier.config import AppConfig
@@ -336,7 +337,8 @@ class ModelDescription:
     """All that a process without torch needs to plan for and to talk to a model.
 
     `max_num_seqs`, `kv_block_size` and `kv_total_blocks` are the model's own wishes from
-    `metadata.json` (None when absent); the application's configuration overrides them.
+    `metadata.json` (None when absent); the application's configuration overrides them. `quantization_bits` is what its
+    entry asks for.
     """
 
     manifest: ModelManifest
@@ -345,9 +347,11 @@ class ModelDescription:
     max_num_seqs: int | None = None
     kv_block_size: int | None = None
     kv_total_blocks: int | None = None
+    quantization_bits: Literal[4, 8] | None = None
 
     def configure(self, config: AppConfig) -> AppConfig:
-        """`config`, with the model's wishes wherever it says nothing itself (spec E8)."""
+        """`config` with the precision of the model's entry, and its wishes wherever that says nothing (spec E8)."""
+        config = quantised(config, self.quantization_bits)
         scheduler = _fill(config.scheduler, max_num_seqs=self.max_num_seqs)
         kv = _fill(config.kv, block_size=self.kv_block_size, max_blocks=self.kv_total_blocks)
         return config.model_copy(update={"scheduler": scheduler, "kv": kv})

@@ -9,6 +9,7 @@ import typer
 
 from raytier.cli.bench import bench
 from raytier.cli.doctor import doctor
+from raytier.cli.models import models
 from raytier.cli.plan import plan
 from raytier.cli.store import store
 from raytier.cli.transfer import transfer
@@ -23,6 +24,7 @@ app.command()(plan)
 app.command()(doctor)
 app.command()(bench)
 app.command()(transfer)
+app.add_typer(models, name="models")
 app.add_typer(store, name="store")
 
 

@@ -30,7 +30,8 @@ from raytier.sources.loader import Loaders
 from raytier.sources.registry import Registry
 
 if TYPE_CHECKING:
-    from raytier.checkpoint.manifest import ModelManifest
+    from raytier.checkpoint.quantisation import quantised
+from raytier.checkpoint.manifest import ModelManifest
 
 
 @dataclass(frozen=True)
@@ -167,13 +168,13 @@ def _read(file: Path) -> str:
 
 def _describe(directory: str, entry: ModelEntry, config: AppConfig) -> tuple[ModelManifest, AppConfig]:
     """Manifest, and the configuration with the model's own wishes. Imports torch and transformers."""
-    from raytier.checkpoint.describe import describe_config, describe_model
+    from raytier.checkpoint.describe import describe_config, describe_entry
 
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
     if any(name.endswith(weights) for name in os.listdir(directory)):
-        description = describe_model(directory, entry.model_format, entry.tokenizer_path)
+        description = describe_entry(entry, directory)
         return description.manifest, description.configure(config)
-    return describe_config(directory), config
+    return describe_config(directory), quantised(config, entry.quantization_bits)
 
 
 def _as_dict(planned: Planned) -> dict[str, Any]:

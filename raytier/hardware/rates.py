@@ -127,6 +127,19 @@ class Rates:
                 return math.exp(math.log(rate0) * (1 - share) + math.log(rate1) * share)
         return points[-1][1] * points[-1][0] / rows
 
+    def linear_seconds(self, nbytes: int, saved: int, rows: int, *, packed: bool = False) -> float:
+        """Seconds of linear layers whose weights have `nbytes`, which is `saved` fewer than in the compute dtype.
+
+        At one row they take what reading the weights from memory takes, so that fewer bytes are so much faster. What
+        more rows take beyond that is arithmetic, of which a smaller form has as much.
+        """
+        at_rows = nbytes / self.matrix_rate(rows, packed=packed)
+        if not saved:
+            return at_rows
+        one = self.matrix_rate(1, packed=packed)
+        arithmetic = (nbytes + saved) * (1 / self.matrix_rate(rows, packed=packed) - 1 / one)
+        return max(at_rows, nbytes / one + arithmetic)
+
     def with_slower_reads(self, factor: float) -> Rates:
         """The same with files read at `factor` of the rates."""
         ramdisk = self.ramdisk_read_bytes_per_s

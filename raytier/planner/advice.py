@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 
 from raytier.config import MIB
 from raytier.hardware.rates import Rates
@@ -63,6 +63,7 @@ def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, b
         notes.append(_copies(written, f"{len(nvme.paths)} directories of tiers.nvme.paths", case.rates))
     if ramdisk := _on(case, solution, Tier.RAMDISK):
         notes.append(f"{_mb(ramdisk)} are copied to the ramdisk when the model is loaded")
+    notes += _precisions(case, solution)
     if case.sweeps.packed:
         gain = case.rates.matrix_rate(1, packed=True) / case.rates.matrix_rate(1)
         notes.append(
@@ -75,6 +76,19 @@ def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, b
             "it (scheduler.max_num_batched_tokens)"
         )
     return tuple(notes)
+
+
+def _precisions(case: Case, solution: Solution) -> Iterator[str]:
+    """What is not exact, how much of the model it is, and how inexact: nobody gets that unasked."""
+    elements: dict[tuple[float, str], int] = {}
+    for p in case.manifest.parameters:
+        form = case.schemes.of(p.name, solution.tiers[p.name]).form
+        if form is not None and (error := form.typical_error(p.dtype)):
+            elements[error, form.name] = elements.get((error, form.name), 0) + prod(p.shape)
+    whole = sum(prod(p.shape) for p in case.manifest.parameters)
+    for (error, name), count in sorted(elements.items()):
+        error_text = f"relative error {error:.1%} where weights are normally distributed"
+        yield f"{count / whole:.0%} of the weights are {name}: {error_text}"
 
 
 def _on(case: Case, solution: Solution, tier: Tier) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
-from raytier.config import AppConfig, Placement
+from raytier.config import AppConfig
 from raytier.errors import BudgetError, RaytierError, ResourceNotAvailableError
 from raytier.hardware.inventory import NodeInventory
 from raytier.hardware.rates import Rates
@@ -18,10 +18,11 @@ from raytier.planner.cost import BATCHES, SweepModel, predict_first_token, predi
 from raytier.planner.kv_tiers import gateway_bytes, plan_kv_below, staging_bytes
 from raytier.planner.plan import FILE_TIERS, DevicePlan, ParameterPlacement, Tier, WeightPlan
 from raytier.planner.rules import RuleResult, apply_rules
-from raytier.planner.schemes import compressions, tier_schemes
+from raytier.planner.schemes import compressions, precisions, tier_schemes
 from raytier.planner.sizing import activation_bytes, always_resident, kv_demand, reader_bytes, resident_nbytes
 from raytier.planner.solver import CLEARLY_FASTER, Capacity, Depth, Solution, Solver, depths
 from raytier.planner.step_tokens import LEAST_TOKENS, step_tokens
+from raytier.weight_settings import Placement
 
 #: Of what a fully resident model leaves free beyond the expected KV, KV takes this share.
 KV_SHARE_OF_REST = 0.6
@@ -31,6 +32,8 @@ FIRST_STEP_TOKENS = 512
 ACTIVATION_SHARE = 0.1
 #: Compression that is automatic has to make a step so much faster: it costs space, and predictions are not exact.
 COMPRESSION_PAYS = 0.95
+#: The same of a less exact precision of those that are permitted.
+LOSS_PAYS = 0.97
 #: What processors that compute on weights with coded exponents have.
 _CODED = "avx512_vbmi2"
 #: A tier is left out only if it would not pay either with reads so much slower than measured.
@@ -72,6 +75,33 @@ def plan_weights(
         ResourceNotAvailableError: the asked-for device does not exist.
     """
     kind = resolve_kind(inventory, config) if kind is None else kind
+    chosen: WeightPlan | None = None
+    refused: RaytierError | None = None
+    for option in precisions(config, manifest, kind):
+        try:
+            found = _compressed(manifest, inventory, rates, option, kind, device_index, started, budgets)
+        except (BudgetError, ResourceNotAvailableError) as error:
+            refused = error  # what is kept to the end is of the smallest form
+            continue
+        if chosen is None or found.predictions[0].seconds <= LOSS_PAYS * chosen.predictions[0].seconds:
+            chosen = found
+    if chosen is None:
+        assert refused is not None
+        raise refused
+    return chosen
+
+
+def _compressed(
+    manifest: ModelManifest,
+    inventory: NodeInventory,
+    rates: Rates,
+    config: AppConfig,
+    kind: DeviceKind,
+    device_index: int,
+    started: Started,
+    budgets: Budgets | None,
+) -> WeightPlan:
+    """The plan with what compression that is automatic makes fastest."""
     chosen: WeightPlan | None = None
     refused: RaytierError | None = None
     options = compressions(config)

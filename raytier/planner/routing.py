@@ -38,7 +38,8 @@ class RoutedExperts:
     Attributes:
         disk_bytes, ramdisk_bytes: that are read where they are fetched.
         bus_bytes: that are copied to a GPU.
-        plain_bytes, plain_matrices: that are computed on.
+        plain_bytes, plain_matrices: that are computed on; plain_saved: bytes that these are fewer than in the compute
+            dtype.
     """
 
     num_experts: int
@@ -48,6 +49,7 @@ class RoutedExperts:
     bus_bytes: int = 0
     plain_bytes: int = 0
     plain_matrices: int = 0
+    plain_saved: int = 0
 
     def share(self, tokens: int) -> float:
         """Of the experts, the part that so many tokens are expected to choose."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raytier.checkpoint.manifest import ModelManifest, Parameter
-from raytier.config import MIB, PlacementRule
+from raytier.config import MIB
 from raytier.planner.plan import Tier
+from raytier.weight_settings import PlacementRule
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,43 @@ def compressions(config: AppConfig) -> list[AppConfig]:
     return decided
 
 
+def precisions(config: AppConfig, manifest: ModelManifest, kind: DeviceKind) -> list[AppConfig]:
+    """The configuration for every precision that `precision.permitted` leaves open, the most exact first: one for the
+    device and the host pool, whose weights are computed on where they are, and one for files.
+
+    Raises:
+        ConfigurationError: a device of this kind computes on none of them.
+    """
+    precision = config.precision
+    if not precision.permitted or not precision.enabled:
+        return [config]
+    errors: dict[str, float] = {}
+    for name in precision.permitted:
+        form = _form_named(name, precision.int4_group)
+        if form is None or form.dtype is not None or kind == "cpu":
+            errors[name] = 0.0 if form is None else form.typical_error(manifest.compute_dtype)
+    if not errors:
+        raise ConfigurationError(
+            f"precision.permitted: {', '.join(precision.permitted)} are computed on by CPUs only in this version; add "
+            "source, bf16, fp16 or fp32, or set compute.device to cpu"
+        )
+    memory = [tier.value for tier in (Tier.DEVICE, Tier.HOST) if getattr(precision, tier.value) is None]
+    files = [tier.value for tier in FILE_TIERS if getattr(precision, tier.value) is None]
+    pairs = [(m, f) for m in errors for f in errors if (memory and files) or m == f]
+    chosen = []
+    for m, f in sorted(pairs, key=lambda pair: errors[pair[0]] + errors[pair[1]]):
+        update = dict.fromkeys(memory, m) | dict.fromkeys(files, f) | {"permitted": ()}
+        chosen.append(config.model_copy(update={"precision": precision.model_copy(update=update)}))
+    return chosen
+
+
+def _form_named(name: str, int4_group: int) -> Form | None:
+    """The form that a configuration calls so; None: as in the checkpoint."""
+    if name == "source":
+        return None
+    return form_of(f"int4-{int4_group}" if name == "int4" else name)
+
+
 def _form(parameter: Parameter, config: AppConfig, tier: Tier) -> Form | None:
     """The form that is asked for; None: as in the checkpoint, also where the parameter cannot have another."""
     precision = config.precision
@@ -84,8 +121,8 @@ def _form(parameter: Parameter, config: AppConfig, tier: Tier) -> Form | None:
     if wish == "auto":
         rules = (rule.precision for rule in precision.adaptive_rules if matches(rule.pattern, parameter))
         wish = next(rules, precision.default_auto_precision)
-    if wish == "source":
+    form = _form_named(wish, precision.int4_group)
+    if form is None:
         return None
-    form = form_of(f"int4-{precision.int4_group}" if wish == "int4" else wish)
     possible = parameter.matrix and form.fits(parameter.shape) and parameter.resident is None
     return form if possible and form.dtype != parameter.dtype else None

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytier.codecs import forms
-from raytier.codecs.forms import FORMS, INT4_GROUPS, form_of, to_float
+from raytier.codecs.forms import FORMS, INT4_GROUPS, Form, form_of, to_float
 from raytier.codecs.native import compiler
 from raytier.errors import ConfigurationError
 
@@ -109,3 +109,14 @@ def test_only_matrices_of_whole_blocks_are_quantised(name: str) -> None:
 def test_an_unknown_precision_is_refused_with_those_that_exist() -> None:
     with pytest.raises(ConfigurationError, match=r"'int5'.*int4-64"):
         form_of("int5")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", [form for form in FORMS.values() if not form.coded], ids=lambda form: form.name)
+def test_the_error_of_a_form_is_what_it_says(form: Form, dtype: str) -> None:
+    drawn = (np.random.default_rng(1).standard_normal((256, 4096)) * 0.02).astype(np.float32)
+    source = forms._from_float(drawn, dtype)
+    weights = forms.to_float(source, dtype).reshape(drawn.shape)
+    found = form.decode(form.encode(source, dtype, weights.shape), weights.shape)
+    error = np.linalg.norm(found - weights) / np.linalg.norm(weights)
+    assert error == pytest.approx(form.typical_error(dtype), rel=0.05, abs=1e-4)

@@ -9,8 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import Result
 from ray import serve
+from typer.testing import CliRunner
 
+from raytier.cli.main import app as cli
 from raytier.serve import build_app
 from tests.integration.application import GREEDY, Application, eventually
 from tests.models import random_prompts, save_model, transformers_greedy
@@ -103,6 +106,62 @@ def test_under_interleaved_load(many: Application, http: httpx.Client, wanted: d
         asked = [(model, number % len(PROMPTS)) for number in range(6) for model in ("a", "b")]
         answers = list(pool.map(lambda pair: generate(many, *pair), asked))
     assert answers == [wanted[model][number] for model, number in asked]
+
+
+def test_from_the_command_line(many: Application, http: httpx.Client) -> None:
+    """I4: `raytier models` over HTTP."""
+
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(cli, ["models", *words, "--url", many.url], env={"COLUMNS": "300"})
+
+    def said(*words: str) -> str:
+        result = run(*words)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert said("load", "a", "--wait").endswith("a is loaded\n")
+    assert said("sleep", "a") == "a is asleep\n"
+    assert state(http, "a") == "sleeping" and "status: sleeping" in said("show", "a")
+    assert "a is being woken" in said("wake", "a")
+    assert said("load", "a", "--wait", "--force-reload").endswith("a is loaded\n")
+    assert said("unload", "a", "--cancel") == "a is unloaded\n"
+    rows = {row[1]: row[7] for line in said("list").splitlines() if len(row := line.split()) > 8}
+    assert rows["a"] == "no_model_loaded" == state(http, "a")
+    assert said("register", "d", "builtin:demo", "--no-persist", "--set", "pinned=true") == "d is registered\n"
+    assert http.get("/api/models/status", params={"model": "d"}).json()["status"] == "no_model_loaded"
+    for words, message in (
+        (["wake", "d"], "d is not loaded"),
+        (["load", "nobody"], "'nobody' is not served here"),
+        (["register", "d", "builtin:demo"], "nowhere to keep it"),
+    ):
+        refused = run(*words)
+        assert refused.exit_code == 1 and refused.stderr.startswith("Error: ") and message in refused.stderr
+    assert said("register", "broken", "/nothing/there", "--no-persist")
+    failed = run("load", "broken", "--wait")
+    assert failed.exit_code == 1 and "/nothing/there" in failed.stderr
+    assert "its error is cleared" in said("unload", "broken")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantisation_is_a_matter_of_each_model(
+    many: Application, http: httpx.Client, bits: int, dirs: dict[str, Path]
+) -> None:
+    """B1, E5: `quantization_bits` of an entry, in an application that has no `precision`; with most of it on disk."""
+    name = f"q{bits}"
+    entry = {"model_id": name, "source_path": str(dirs["a"]), "quantization_bits": bits}
+    assert http.post("/api/models/register", json={"model": entry, "persist": False}).status_code == 200
+    quantised, plain = generate(many, name, 2), generate(many, "a", 2)
+    assert len(quantised) == COUNT
+    for model, wanted in ((name, {f"int{bits}" if bits == 8 else "int4-64"}), ("a", {"source"})):
+        generate(many, model, 2)
+        layers = http.get("/api/layers", params={"model": model}).json()
+        matrices = [layer for layer in layers if "proj" in layer["name"]]
+        assert {layer["quantization_type"] for layer in matrices} == wanted
+        most = sum(layer["original_size_mb"] for layer in matrices) / (3 if model == name else 1)
+        assert sum(layer["current_size_mb"] for layer in matrices) <= most
+    assert generate(many, "a", 2) == plain, "the others are as they were"
+    for model in (name, "a"):
+        assert http.post("/api/models/unload", json={"model": model}).status_code == 200
 
 
 def test_sleep_and_wake_by_hand(many: Application, http: httpx.Client, wanted: dict[str, list[list[int]]]) -> None:

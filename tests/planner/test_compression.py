@@ -9,6 +9,7 @@ import pytest
 
 from raytier.hardware.inventory import Disk
 from raytier.hardware.rates import DEFAULT_RATES, Rates
+from raytier.planner.cost import DECODE_BESIDE
 from raytier.planner.placement import plan_weights
 from raytier.planner.plan import Tier, WeightPlan
 from tests.planner.models import CPU_NODE, GIB, configuration, llama
@@ -49,6 +50,29 @@ def test_auto_compresses_where_it_pays(rates: Rates, coded: bool) -> None:
     step, without = plan.predictions[0].seconds, plain.predictions[0].seconds
     assert step < 0.95 * without if coded else step == pytest.approx(without)
     assert (plan.streamed_bytes < 0.7 * plain.streamed_bytes) == coded
+
+
+#: As two cores were measured to be; without the calls, which would be most of so small a model's step.
+TWO_CORES = replace(SLOW_DISK, disk_read_bytes_per_s=2.1e9, decode_bytes_per_s=3.3e9, layer_seconds=0, step_seconds=0)
+
+
+@pytest.mark.parametrize(("disk", "coded"), [(1.0e9, True), (2.1e9, False)])
+def test_auto_on_a_throttled_disk_and_on_a_fast_one(disk: float, coded: bool) -> None:
+    """T4.throttled: a slow disk leaves the cores time to decode; a fast one does not."""
+    plan = planned(replace(TWO_CORES, disk_read_bytes_per_s=disk), compression={"nvme": "auto"})
+    assert codecs(plan) == ({"zstd-planes"} if coded else {"none"})
+
+
+def test_decoding_is_taken_from_computing_once() -> None:
+    """Where reading takes longer than both, decoding costs nothing; where it does not, what it takes by itself."""
+    rates = replace(TWO_CORES, disk_read_bytes_per_s=0.2e9)
+    sections = {"compression": {"nvme": "zstd-planes"}}
+    hidden, free = (planned(replace(rates, decode_bytes_per_s=d), **sections).predictions[0] for d in (2.1e9, 1e15))
+    assert hidden.seconds == pytest.approx(free.seconds, rel=0.02)
+    fast = replace(rates, disk_read_bytes_per_s=50e9)
+    hidden, free = (planned(replace(fast, decode_bytes_per_s=d), **sections).predictions[0] for d in (2.1e9, 1e15))
+    decoded = sum(MODEL.by_name[p.name].nbytes for p in planned(fast, **sections).placements if p.codec != "none")
+    assert hidden.seconds - free.seconds == pytest.approx(decoded / 2.1e9 / DECODE_BESIDE, rel=0.02)
 
 
 def test_a_sample_of_the_weights_counts_more_than_what_is_typical() -> None:
