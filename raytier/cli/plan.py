@@ -30,8 +30,7 @@ from raytier.sources.loader import Loaders
 from raytier.sources.registry import Registry
 
 if TYPE_CHECKING:
-    from raytier.checkpoint.quantisation import quantised
-from raytier.checkpoint.manifest import ModelManifest
+    from raytier.checkpoint.manifest import ModelManifest
 
 
 @dataclass(frozen=True)
@@ -169,6 +168,7 @@ def _read(file: Path) -> str:
 def _describe(directory: str, entry: ModelEntry, config: AppConfig) -> tuple[ModelManifest, AppConfig]:
     """Manifest, and the configuration with the model's own wishes. Imports torch and transformers."""
     from raytier.checkpoint.describe import describe_config, describe_entry
+    from raytier.checkpoint.quantisation import quantised
 
     weights = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
     if any(name.endswith(weights) for name in os.listdir(directory)):
