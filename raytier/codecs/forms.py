@@ -1,7 +1,7 @@
 """Forms: how the bytes of a parameter look where it is computed on.
 
 A form says that for a matrix `[rows, columns]`; its bytes are one piece, without what a file may add (codecs do that).
-Kernels compute on them as they are (`execution/kernels/forms.h` has the same layouts), and every form decodes to the
+Kernels compute on them as they are (`execution/kernels/linear_forms.c` knows the layouts). Every form decodes to the
 weight that `F.linear` would have to be given for the same result, up to rounding and the order of summation. What is
 used by parts of its rows (an output head that streams in chunks) is encoded by such parts, each one piece.
 
@@ -21,7 +21,6 @@ import logging
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -73,11 +72,6 @@ class Form:
     def dynamic(self) -> bool:
         """Whether activations are computed in 8 bits as well."""
         return self.name == "int8-dynamic"
-
-    @property
-    def lossy(self) -> bool:
-        """Whether it cannot hold every bf16 weight."""
-        return not self.coded and (self.dtype is None or self.name == "fp16")
 
     def rounds(self, dtype: str) -> bool:
         """Whether weights of `dtype` may not be what they were."""
@@ -295,12 +289,6 @@ FORMS: dict[str, Form] = {
     "int8-dynamic": Form("int8-dynamic"),
     **{f"int4-{group}": Form(f"int4-{group}", group=group) for group in INT4_GROUPS},
 }
-
-
-@cache
-def plain_form(dtype: str) -> Form:
-    """The plain form of a dtype (`bfloat16`, ...)."""
-    return next(form for form in FORMS.values() if form.dtype == dtype)
 
 
 def form_of(name: str) -> Form:

@@ -41,10 +41,28 @@ def plan_warnings(
         _less_kv(case, kv_blocks),
         _less_window(case, solution),
         _cast(case),
+        _not_coded(case),
         _unused_gpus(case),
         _rates(case),
     )
     return tuple(text for text in checks if text)
+
+
+def _not_coded(case: Case) -> str | None:
+    """Coded exponents that are asked for where no kernel computes on them: the weights stay as they are."""
+    compression = case.config.compression
+    asked = [tier.value for tier in Tier if compression.of(tier.value) == "coded-exponents"]
+    coded = any(
+        scheme.form is not None and scheme.form.coded
+        for named in case.schemes.by_tier.values()
+        for scheme in named.values()
+    )
+    if not asked or coded:
+        return None
+    return (
+        f"compression of {', '.join(asked)} is coded-exponents, and nothing is coded: that is for matrices in bf16 on "
+        "a CPU with AVX512 VBMI2 and BF16; zstd-planes compresses files anywhere"
+    )
 
 
 def plan_notes(case: Case, solution: Solution, left_out: Sequence[LeftOut], *, by_rates: bool) -> tuple[str, ...]:

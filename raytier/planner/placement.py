@@ -34,8 +34,8 @@ ACTIVATION_SHARE = 0.1
 COMPRESSION_PAYS = 0.95
 #: The same of a less exact precision of those that are permitted.
 LOSS_PAYS = 0.97
-#: What processors that compute on weights with coded exponents have.
-_CODED = "avx512_vbmi2"
+#: What processors that compute on weights with coded exponents have (`codecs.coded`); Ice Lake has the first alone.
+_CODED = frozenset({"avx512_vbmi2", "avx512_bf16"})
 #: A tier is left out only if it would not pay either with reads so much slower than measured.
 SLOWER_READS = 0.8
 
@@ -137,7 +137,7 @@ def _plan(
     first = FIRST_STEP_TOKENS if isinstance(chosen, str) else chosen
     if budgets is None:
         budgets = node_budgets(inventory, config, kind, device_index=device_index, started=started)
-    schemes = tier_schemes(manifest, config, kind, coded=kind == "cpu" and _CODED in inventory.instruction_sets)
+    schemes = tier_schemes(manifest, config, kind, coded=kind == "cpu" and _CODED.issubset(inventory.instruction_sets))
     packed = kind == "cpu" and rates.packed_pays
     case = Case(
         manifest=manifest,

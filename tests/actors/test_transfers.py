@@ -11,7 +11,7 @@ import pytest
 
 from raytier.actors.device import Move, MoveResult
 from raytier.actors.transfers import ParameterMover, TransferManager
-from raytier.codecs.forms import FORMS, plain_form
+from raytier.codecs.forms import FORMS
 from raytier.codecs.scheme import Scheme
 from raytier.errors import InvalidRequestError, ParameterNotFoundError, ResourceNotAvailableError, TierError
 from raytier.planner.plan import FILE_TIERS, Tier, TierSchemes
@@ -122,7 +122,10 @@ def test_who_computes_with_rounded_weights_hears_of_it() -> None:
     """KV of other weights must not be found again: forms that lose nothing of this dtype change none."""
     dtype = MANIFEST.by_name[UP].dtype
     schemes = {
-        Tier.HOST: {UP: Scheme(FORMS["bf16-coded"]), DOWN: Scheme(plain_form(dtype))},
+        Tier.HOST: {
+            UP: Scheme(FORMS["bf16-coded"]),
+            DOWN: Scheme(next(form for form in FORMS.values() if form.dtype == dtype)),
+        },
         Tier.RAMDISK: {UP: Scheme(FORMS["int8"])},
         Tier.NVME: {UP: Scheme(FORMS["int8"]), DOWN: Scheme(FORMS["int4-64"])},
     }

@@ -64,7 +64,7 @@ def test_what_is_random_is_refused() -> None:
 
 def test_as_a_form() -> None:
     form, weights = FORMS["bf16-coded"], _normal(16, 4096)
-    assert not form.lossy and form.nbytes(weights.shape) is None
+    assert not form.rounds("bfloat16") and form.nbytes(weights.shape) is None
     data = form.encode(weights.reshape(-1).view(np.uint8), "bfloat16", weights.shape)
     wide = (weights.astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(form.decode(data, weights.shape), wide)

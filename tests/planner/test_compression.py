@@ -93,9 +93,11 @@ def test_decoding_takes_its_time() -> None:
 @pytest.mark.parametrize("tier", ["device", "host", "nvme"])
 def test_coded_exponents_on_every_tier(tier: str) -> None:
     rules = {"placement": {"rules": [{"pattern": "layers", "tier": tier}]}, "compression": {tier: "coded-exponents"}}
-    elsewhere = planned(SLOW_DISK, **rules)
-    plan = planned(SLOW_DISK, ("avx512_vbmi2",), **rules)
+    elsewhere = planned(SLOW_DISK, ("avx512_vbmi2",), **rules)  # kernels compute on them in bf16
+    plan = planned(SLOW_DISK, ("avx512_vbmi2", "avx512_bf16"), **rules)
     assert {p.precision for p in elsewhere.placements} == {"source"}
+    assert any(f"compression of {tier} is coded-exponents" in text for text in elsewhere.warnings)
+    assert not any("coded-exponents" in text for text in plan.warnings)
     coded = {p.name for p in plan.placements if p.precision == "bf16-coded"}
     assert coded and all(MODEL.by_name[name].matrix for name in coded)
     held = {
